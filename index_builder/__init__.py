@@ -1,0 +1,1 @@
+"""Corpus -> chunks -> vectors -> index -> neighbors."""

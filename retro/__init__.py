@@ -1,0 +1,1 @@
+"""Retrieval-enhanced language models: see README.md."""
