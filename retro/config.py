@@ -1,0 +1,359 @@
+"""Settings of the network, of training and of generation, and the presets. No torch here.
+
+Letters as in model.py; the paper is arXiv:2112.04426.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from retro.errors import ConfigError
+
+Precision = Literal["auto", "float32", "bfloat16"]
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The network's sizes."""
+
+    vocab_size: int
+    """V: entries of the embedding table."""
+    dim: int
+    """D: width of the decoder (d)."""
+    num_layers: int
+    """Decoder layers."""
+    num_heads: int
+    """H: heads of the decoder's attentions, CCA included."""
+    head_dim: int
+    """C: width of one decoder head; even, because positions are rotary."""
+    ffw_dim: int
+    """Inner width of the decoder's feed-forward."""
+    cca_layers: tuple[int, ...]
+    """P: the decoder layers with chunked cross-attention, counted from 1 as in the paper. Empty: a decoder without retrieval."""
+    encoder_dim: int
+    """E: width of the neighbor encoder (d')."""
+    encoder_layers: int
+    """Layers of the neighbor encoder; its first one sees the decoder."""
+    encoder_heads: int
+    """Heads of the encoder's attentions."""
+    encoder_head_dim: int
+    """Width of one encoder head; even."""
+    encoder_ffw_dim: int
+    """Inner width of the encoder's feed-forward."""
+    chunk_len: int = 64
+    """M: slots of a chunk (m)."""
+    tie_embeddings: bool = True
+    """One table for the decoder's input, the encoder's input and the output. Needs dim = encoder_dim."""
+    rope_base: float = 10_000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in every RMSNorm."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self,
+            "vocab_size",
+            "dim",
+            "num_layers",
+            "num_heads",
+            "head_dim",
+            "ffw_dim",
+            "encoder_dim",
+            "encoder_layers",
+            "encoder_heads",
+            "encoder_head_dim",
+            "encoder_ffw_dim",
+            "rope_base",
+            "norm_eps",
+        )
+        if self.chunk_len < 2:
+            raise ConfigError(f"chunk_len = {self.chunk_len}: a chunk has at least 2 slots")
+        for name in ("head_dim", "encoder_head_dim"):
+            if getattr(self, name) % 2:
+                raise ConfigError(f"{name} = {getattr(self, name)}: rotary positions need an even width")
+        layers = list(self.cca_layers)
+        if layers != sorted(set(layers)) or any(not 1 <= layer <= self.num_layers for layer in layers):
+            raise ConfigError(
+                f"cca_layers = {layers}: give ascending layer numbers between 1 and num_layers = {self.num_layers}"
+            )
+        if self.tie_embeddings and layers and self.dim != self.encoder_dim:
+            raise ConfigError(
+                f"tie_embeddings needs dim = encoder_dim, got {self.dim} and {self.encoder_dim}: "
+                "make them equal or set tie_embeddings = false"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained."""
+
+    data: str = ""
+    """Folder made by `retro data`."""
+    out: str = ""
+    """Folder of the model; it must end in nothing in particular, `.model` by habit."""
+    seq_len: int = 512
+    """T: slots of a sequence (n); whole chunks."""
+    num_neighbors: int = 2
+    """K: neighbors of a chunk (k); at most as many as the training data holds."""
+    neighbor_len: int = 128
+    """R: tokens of a neighbor, chunk and continuation together (r); longer ones are cut."""
+    batch_size: int = 16
+    """Sequences of one optimizer step."""
+    micro_batch_size: int = 16
+    """Sequences of one forward pass; gradients are summed over batch_size / micro_batch_size of them."""
+    steps: int = 1000
+    """Optimizer steps."""
+    learning_rate: float = 1e-3
+    """Highest rate, reached after the warm-up."""
+    final_learning_rate: float = 1e-4
+    """Rate at the last step of the cosine."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up from zero."""
+    weight_decay: float = 0.1
+    """AdamW's decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean squared gradient."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient of a step; 0 means no limit."""
+    neighbor_dropout: float = 0.1
+    """Share of the sequences that train without any neighbor, so that the model works without retrieval too."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 200
+    """Steps between validation losses (retrieval on, off and shuffled); the last step is always one."""
+    eval_sequences: int = 64
+    """Validation sequences used each time; 0 means all."""
+    save_every: int = 200
+    """Steps between checkpoints; the last step is always one."""
+    precision: Precision = "auto"
+    """auto: bfloat16 on a GPU that has it, float32 elsewhere. Weights and optimizer stay float32."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    seed: int = 0
+    """Of the weights, the order of the documents and the dropped neighbors."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self,
+            "seq_len",
+            "num_neighbors",
+            "neighbor_len",
+            "batch_size",
+            "micro_batch_size",
+            "steps",
+            "learning_rate",
+            "log_every",
+            "eval_every",
+            "save_every",
+        )
+        _require_not_negative(
+            self, "final_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "eval_sequences", "seed"
+        )
+        if self.batch_size % self.micro_batch_size:
+            raise ConfigError(
+                f"batch_size = {self.batch_size} is no multiple of micro_batch_size = {self.micro_batch_size}"
+            )
+        for name in ("neighbor_dropout", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}: give a number of at least 0 and below 1")
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes of one optimizer step."""
+        return self.batch_size // self.micro_batch_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateConfig:
+    """How text is generated."""
+
+    max_new_tokens: int = 64
+    """Tokens after the prompt, at most; generation ends earlier at EOS."""
+    num_neighbors: int = 2
+    """K: neighbors retrieved at every chunk border; 0 turns retrieval off."""
+    neighbor_len: int = 128
+    """R: tokens of a neighbor that the model reads."""
+    temperature: float = 0.0
+    """0 takes the most probable token; otherwise logits are divided by it before drawing."""
+    top_k: int = 0
+    """Draw among this many most probable tokens; 0 means all."""
+    top_p: float = 1.0
+    """Draw among the most probable tokens that together have this probability."""
+    seed: int = 0
+    """Of the draws; a prompt's continuation does not depend on the others in its batch."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "max_new_tokens", "neighbor_len")
+        _require_not_negative(self, "num_neighbors", "temperature", "top_k", "seed")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p = {self.top_p}: give a number above 0 and at most 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """A network and how it is trained: a preset, or a TOML file with the tables [model] and [train]."""
+
+    model: ModelConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def config_from_dict(cls: type[ConfigT], values: dict[str, Any], *, where: str) -> ConfigT:
+    """Builds a configuration strictly: unknown or missing keys and wrong types are errors.
+
+    Args:
+        cls: One of this module's dataclasses (or another one that is made the same way).
+        values: Plain data, as JSON or TOML give it.
+        where: Name of the source, for messages.
+
+    Raises:
+        ConfigError: With the offending key and, for an unknown one, the nearest known.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(fields)}"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+    arguments: dict[str, Any] = {}
+    for name, entry in fields.items():
+        if name in values:
+            arguments[name] = _converted(values[name], hints[name], f"{where}: {name}")
+        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}: the key {name!r} is missing")
+    return cls(**arguments)
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Plain data of a configuration, fit for JSON; `config_from_dict` reads it back."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def load_run_config(path: Path | None, overrides: list[str], *, preset: str | None = None) -> RunConfig:
+    """Resolves a run: a preset, then the TOML file's keys, then `--set` overrides such as `train.steps=100`.
+
+    The file may name a preset itself with a top-level `preset = "tiny"`.
+
+    Raises:
+        ConfigError: For an unreadable file, an unknown preset or key, or a value of the wrong type.
+    """
+    tables: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    where = str(path) if path is not None else "configuration"
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        table, dot, name = key.strip().partition(".")
+        if not equals or not dot or table not in ("model", "train"):
+            raise ConfigError(f"--set {override}: write model.KEY=VALUE or train.KEY=VALUE")
+        tables.setdefault(table, {})[name] = _parsed(text.strip())
+    name = preset or tables.pop("preset", None)
+    tables.pop("preset", None)
+    unknown = set(tables) - {"model", "train"}
+    if unknown:
+        raise ConfigError(f"{where}: unknown table or key {sorted(unknown)[0]!r}; known: preset, [model], [train]")
+    base: dict[str, Any] = {"model": {}, "train": {}}
+    if name is not None:
+        if name not in PRESETS:
+            raise ConfigError(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
+        base = config_to_dict(PRESETS[name])
+    return RunConfig(
+        model=config_from_dict(ModelConfig, base["model"] | tables.get("model", {}), where=f"{where} [model]"),
+        train=config_from_dict(TrainConfig, base["train"] | tables.get("train", {}), where=f"{where} [train]"),
+    )
+
+
+def _parsed(text: str) -> Any:
+    """A `--set` value: TOML where it is valid TOML, else the bare string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _converted(value: Any, hint: Any, where: str) -> Any:
+    """Checks a plain value against a field's type; widens int to float and list to tuple."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _converted(value, next(a for a in arguments if a is not type(None)), where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where} = {value!r}: must be one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where} = {value!r}: must be a list")
+        return tuple(_converted(item, arguments[0], where) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{where} = {value!r}: must be of type {hint.__name__}")
+    return value
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{name} = {getattr(config, name)}: must be above 0")
+
+
+def _require_not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= 0:
+            raise ConfigError(f"{name} = {getattr(config, name)}: must not be negative")
+
+
+PRESETS: dict[str, RunConfig] = {
+    "tiny": RunConfig(
+        model=ModelConfig(
+            vocab_size=8192,
+            dim=128,
+            num_layers=4,
+            num_heads=4,
+            head_dim=32,
+            ffw_dim=512,
+            cca_layers=(2, 4),
+            encoder_dim=128,
+            encoder_layers=2,
+            encoder_heads=4,
+            encoder_head_dim=32,
+            encoder_ffw_dim=512,
+        ),
+        train=TrainConfig(seq_len=256, batch_size=8, micro_batch_size=8, steps=600, learning_rate=2e-3),
+    ),
+    "small": RunConfig(
+        model=ModelConfig(
+            vocab_size=16384,
+            dim=512,
+            num_layers=7,
+            num_heads=8,
+            head_dim=64,
+            ffw_dim=2048,
+            cca_layers=(3, 5, 7),
+            encoder_dim=512,
+            encoder_layers=3,
+            encoder_heads=8,
+            encoder_head_dim=64,
+            encoder_ffw_dim=2048,
+        ),
+        train=TrainConfig(seq_len=1024, batch_size=256, micro_batch_size=32, steps=450, learning_rate=1.5e-3),
+    ),
+}
+"""Named starting points. `vocab_size` gives way to the tokenizer's when training begins."""
