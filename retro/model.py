@@ -478,9 +478,7 @@ class _WholeChunks:
         shifted_NMD = F.pad(normed_BTD, (0, 0, 1 - M, M - 1)).view(B * L, M, D)[chunk_N]
         q_NHMC = cca.queries(shifted_NMD, self.query_rotation)
         k_NHSC, v_NHSC = cca.keys_values(self.encoded_NKRE.flatten(1, 2), self.neighbor_rotation)
-        keep_N1MS = (
-            self.sees_BLM.view(B * L, 1, M, 1)[chunk_N] & self.near.keep_NKR.reshape(N, 1, 1, K * R)
-        )
+        keep_N1MS = self.sees_BLM.view(B * L, 1, M, 1)[chunk_N] & self.near.keep_NKR.reshape(N, 1, 1, K * R)
         y_NMD = cca.merge(attend(q_NHMC, k_NHSC, v_NHSC, keep_N1MS))
         grid_BTD = x_BTD.new_zeros(B * L, M, D).index_copy(0, chunk_N, y_NMD.to(x_BTD.dtype)).view(B, T, D)
         if self.cache is not None:

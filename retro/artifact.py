@@ -1,0 +1,270 @@
+"""Folders on disk that are complete or refused: atomic writes, a manifest with checksums, one writer at a time.
+
+Every artifact (index, training data, model, tokenizer) is a folder with a `manifest.json` that is written last. It holds the
+format version, the kind, the resolved configuration, fingerprints, counts, and size and SHA-256 of every other file.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from retro.errors import ConfigError, FormatError, RetroError, StorageError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+UNFINISHED = "build.json"
+"""The resolved configuration of an artifact that is being made; gone once the manifest is there."""
+TEMPORARY = ".tmp"
+"""Suffix of files that are being written; whatever bears it after a crash is rubbish."""
+HASHED_ON_OPEN = 64 << 20
+"""Files up to this many bytes are hashed whenever an artifact is opened; larger ones by `retro index verify` only."""
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file beside its place, flushes it to the disk and renames it: it is there whole or not at all.
+
+    Args:
+        path: The file; its folder is made where it is missing.
+        write: Called with the open binary file.
+
+    Raises:
+        StorageError: No space, no permission; nothing is left behind.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise storage_error(path, error) from error
+
+
+def storage_error(path: Path, error: OSError) -> RetroError:
+    """What a failed write means for the user."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = ""
+        with contextlib.suppress(OSError):
+            free = f" ({shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB free)"
+        return StorageError(
+            f"the disk is full{free}: cannot write {path}. What is finished is kept: "
+            "make room and run the same command again"
+        )
+    return StorageError(f"cannot write {path}: {error.strerror or error}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, readable by people, in one atomic step."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> Any:
+    """Raises FormatError where the file is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FormatError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path} cannot be read: {error}") from error
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """Hex digest (16 characters) of plain data, the same on every machine."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Deletes what a killed writer left unfinished."""
+    for path in folder.rglob(f"*{TEMPORARY}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def write_manifest(folder: Path, kind: str, fields: dict[str, Any]) -> None:
+    """Completes an artifact: hashes every file below `folder` and writes the manifest, last."""
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in _content(folder)
+    }
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "kind": kind, **fields, "files": files})
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """Opens an artifact: its manifest, after checking that all files are there and unaltered.
+
+    Sizes of all files are compared, and the SHA-256 of those up to `HASHED_ON_OPEN` bytes.
+
+    Raises:
+        FormatError: There is no such folder, it is unfinished, of another kind or version, truncated or altered.
+    """
+    if not folder.is_dir():
+        raise FormatError(f"{folder} is not there: {_article(kind)} of this name has not been made")
+    if not (folder / MANIFEST).is_file():
+        raise FormatError(
+            f"{folder} has no {MANIFEST}: it is not {_article(kind)}, or making it was interrupted; "
+            f"run the command that makes it again, it goes on where it stopped"
+        )
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or "files" not in manifest:
+        raise FormatError(f"{folder / MANIFEST} is damaged: make {folder} again")
+    if manifest.get("kind") != kind:
+        raise FormatError(f"{folder} is {_article(str(manifest.get('kind')))}, not {_article(kind)}")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise FormatError(
+            f"{folder} has format version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}: "
+            "make it again with this version"
+        )
+    problems = list(find_damage(folder, manifest, hash_up_to=HASHED_ON_OPEN))
+    if problems:
+        raise FormatError(f"{folder} is damaged: {'; '.join(problems[:3])}. Make it again (--overwrite)")
+    return manifest
+
+
+def find_damage(folder: Path, manifest: dict[str, Any], *, hash_up_to: int | None = None) -> Iterator[str]:
+    """Describes each file that differs from the manifest.
+
+    Args:
+        folder: The artifact.
+        manifest: Its manifest.
+        hash_up_to: Hash files up to this many bytes; None hashes all.
+    """
+    for name, record in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif path.stat().st_size != record["bytes"]:
+            yield f"{name} has {path.stat().st_size:,} bytes instead of {record['bytes']:,} (truncated or altered)"
+        elif (hash_up_to is None or record["bytes"] <= hash_up_to) and sha256(path) != record["sha256"]:
+            yield f"{name} was altered (its SHA-256 differs from the manifest)"
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Holds the folder for one writer; the lock falls with the process, however it ends.
+
+    Raises:
+        ConfigError: Another process is writing there.
+    """
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"another process is writing {folder}: wait for it, or choose another --out") from error
+        yield
+
+
+def begin(folder: Path, recipe: dict[str, Any], *, overwrite: bool) -> bool:
+    """Starts or continues making an artifact from `recipe` (plain data: configuration, inputs).
+
+    Returns:
+        True where it is finished already, by this very recipe.
+
+    Raises:
+        ConfigError: It was made, or begun, by another recipe; the message shows the differences.
+    """
+    recipe = json.loads(json.dumps(recipe))
+    if overwrite:
+        _clear(folder)
+    finished = (folder / MANIFEST).is_file()
+    previous = None
+    if finished:
+        previous = read_json(folder / MANIFEST).get("recipe")
+    elif (folder / UNFINISHED).is_file():
+        previous = read_json(folder / UNFINISHED)
+    elif any(_content(folder)):
+        raise ConfigError(f"{folder} exists and was not made by this program: choose another --out")
+    if previous is not None and previous != recipe:
+        differences = "; ".join(differing(previous, recipe))
+        raise ConfigError(
+            f"{folder} was {'made' if finished else 'begun'} differently ({differences}). "
+            "Use the same settings to go on, --overwrite to start again, or another --out"
+        )
+    if finished:
+        read_manifest(folder, read_json(folder / MANIFEST).get("kind", ""))
+        return True
+    remove_temporaries(folder)
+    write_json(folder / UNFINISHED, recipe)
+    return False
+
+
+def _clear(folder: Path) -> None:
+    """Empties the folder of an artifact, finished or not; refuses one that holds something else."""
+    if not folder.is_dir() or not any(_content(folder)):
+        return
+    if not (folder / MANIFEST).is_file() and not (folder / UNFINISHED).is_file():
+        raise ConfigError(f"{folder} exists and was not made by this program: choose another --out")
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for path in sorted(folder.iterdir()):
+        if path.name not in (".lock", UNFINISHED):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def finish(folder: Path, kind: str, recipe: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Writes the manifest and takes the mark of an unfinished artifact away."""
+    write_manifest(folder, kind, {"recipe": recipe, **fields})
+    (folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def differing(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """Each difference of two pieces of plain data, as `key: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(set(old) | set(new)):
+            yield from differing(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+    elif old != new:
+        yield f"{path}: {_short(old)} -> {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _content(folder: Path) -> Iterable[Path]:
+    """Every file that belongs to the artifact, in a fixed order."""
+    skipped = {MANIFEST, UNFINISHED, ".lock"}
+    return (
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in skipped and not path.name.endswith(TEMPORARY)
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _article(kind: str) -> str:
+    return {"index": "an index", "model": "a model", "tokenizer": "a tokenizer"}.get(kind, kind)
