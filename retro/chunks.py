@@ -81,8 +81,8 @@ def chunk_spans(encoded: Encoded, chunk_len: int) -> Int64s:
     """Cuts a tokenized text into chunks of `chunk_len` tokens (the last may be shorter).
 
     Returns:
-        First and end character of each chunk [n, 2]. Spans hold whole characters: where a byte-level border splits one, it belongs to
-        both chunks.
+        First and end character of each chunk [n, 2]. Spans hold whole characters: where a byte-level border splits one, it
+        belongs to both chunks.
     """
     n = len(encoded.ids)
     if n == 0:

@@ -82,7 +82,8 @@ class Attention(nn.Module):
         return out
 
     def _heads(self, x_BTI: Tensor) -> Tensor:
-        return x_BTI.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        B, T, inner = x_BTI.shape
+        return x_BTI.view(B, T, self.num_heads, inner // self.num_heads).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
