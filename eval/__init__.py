@@ -1,1 +1,1 @@
-"""Measurements."""
+"""Measurements of models and indexes: see metrics.py and retrieval.py."""

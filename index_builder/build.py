@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index_builder.config import BuildConfig
-from index_builder.corpus import describe_corpora
+from index_builder.corpus import ReadOptions, describe_corpora, read_documents
 from index_builder.encoder import Encoder
 from index_builder.index import VectorIndex, plan_index
 from index_builder.search import INDEX_FILE
 from index_builder.shards import read_shards
 from retro.artifact import MANIFEST, begin, find_damage, finish, read_json, read_manifest, write_json, writing
-from retro.chunks import ChunkStore, Int64s, chunk_spans, load_array, save_array, shard_path, write_documents
+from retro.chunks import ChunkStore, Document, Int64s, chunk_spans, load_array, save_array, shard_path, write_documents
 from retro.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -89,8 +89,39 @@ def build_index(
             "index": index,
         }
         finish(folder, "index", recipe, fields)
-    manifest = read_json(folder / MANIFEST)
-    return manifest
+    made: dict[str, Any] = read_json(folder / MANIFEST)
+    return made
+
+
+def train_tokenizer(
+    corpora: Sequence[str],
+    out: Path,
+    *,
+    vocab_size: int,
+    options: ReadOptions,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Tokenizer:
+    """Trains a byte-level BPE on the texts of corpora and saves it.
+
+    Raises:
+        CorpusError, ConfigError, StorageError: As for `build_index`.
+    """
+    recipe = {"vocab_size": vocab_size, "corpora": describe_corpora(corpora), "read": asdict(options)}
+
+    def texts() -> Iterator[str]:
+        for number, item in enumerate(read_documents(corpora, options), 1):
+            if isinstance(item, Document):
+                yield item.text
+            if progress is not None and number % 1000 == 0:
+                progress("read", number, None)
+
+    with writing(out):
+        if not begin(out, recipe, overwrite=overwrite):
+            tokenizer = Tokenizer.train(texts(), vocab_size)
+            tokenizer.save(out)
+            finish(out, "tokenizer", recipe, {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size})
+    return Tokenizer.load(str(out))
 
 
 def verify_index(folder: Path) -> list[str]:

@@ -70,7 +70,7 @@ class Encoder:
             import transformers
         except ImportError as error:
             raise DependencyError(f"{error.name} is missing: install retro-lm again") from error
-        transformers.logging.disable_progress_bar()
+        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         source = str(_packaged_default()) if name == DEFAULT_ENCODER and revision is None else name
         try:
             model = sentence_transformers.SentenceTransformer(

@@ -74,7 +74,7 @@ def build_training_data(
         tokenizer.save(out)
         work = out / "shards"
         counts = _make_shards(corpora, work, out, tokenizer, retriever, config, progress)
-        _collect(work, out, tokenizer, retriever, config)
+        counts |= _collect(work, out, tokenizer, retriever, config)
         for path in sorted(work.iterdir()):
             path.unlink()
         work.rmdir()
@@ -90,8 +90,8 @@ def build_training_data(
                 **counts,
             },
         )
-    manifest = read_json(out / "manifest.json")
-    return manifest
+    made: dict[str, Any] = read_json(out / "manifest.json")
+    return made
 
 
 def _make_shards(
@@ -192,8 +192,10 @@ def _write_shard(
     return chunk
 
 
-def _collect(work: Path, out: Path, tokenizer: Tokenizer, retriever: IndexRetriever, config: DataConfig) -> None:
-    """Shards to the flat arrays of TrainingData, and the text of every neighbor to tokens."""
+def _collect(
+    work: Path, out: Path, tokenizer: Tokenizer, retriever: IndexRetriever, config: DataConfig
+) -> dict[str, int]:
+    """Shards to the flat arrays of TrainingData, and the text of every neighbor to tokens; returns counts."""
 
     def shards(name: str) -> list[NDArray[Any]]:
         return [load_array(path) for path in sorted(work.glob(f"*.{name}.npy"))]
@@ -228,6 +230,8 @@ def _collect(work: Path, out: Path, tokenizer: Tokenizer, retriever: IndexRetrie
             lengths_U[start + offset] = n
     save_array(near / "neighbor_ids.npy", ids_UR)
     save_array(near / "neighbor_lengths.npy", lengths_U)
+    with_neighbors = sum(int((r >= 0).any(axis=1).sum()) for r in rows)
+    return {"tokens": int(starts[-1]), "chunks_with_neighbors": with_neighbors, "different_neighbors": U}
 
 
 def _save_concatenated(path: Path, arrays: list[NDArray[Any]]) -> None:

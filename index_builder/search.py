@@ -29,8 +29,8 @@ def find_neighbors(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The k best rows of each query that are not of an excluded group.
 
-    Fetches more and more until every query has k or the index is exhausted. A row is excluded by its group and by nothing else: not by
-    its place in the result, not by its score.
+    Fetches more and more until every query has k or the index is exhausted. A row is excluded by its group and by nothing
+    else: not by its place in the result, not by its score.
 
     Args:
         index: Vectors.

@@ -38,8 +38,8 @@ def read_shards(
 ) -> Iterator[Shard[Made]]:
     """Streams a corpus; a shard ends after the document with which its size reaches `shard_size`.
 
-    The same corpus gives the same shards, wherever reading begins. Rejected records are appended to `rejects_file` before the shard that
-    follows them is handed out.
+    The same corpus gives the same shards, wherever reading begins. Rejected records are appended to `rejects_file` before the
+    shard that follows them is handed out.
 
     Args:
         corpora: See `read_documents`.

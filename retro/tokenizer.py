@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from retro.artifact import fingerprint, write_atomically
+from retro.artifact import MANIFEST, fingerprint, read_json, read_manifest, write_atomically
 from retro.errors import ConfigError, FormatError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -66,6 +66,8 @@ class Tokenizer:
         """
         path = Path(name)
         file = path / TOKENIZER_FILE if path.is_dir() else path
+        if path.is_dir() and (path / MANIFEST).is_file() and read_json(path / MANIFEST).get("kind") == "tokenizer":
+            read_manifest(path, "tokenizer")
         if file.is_file():
             try:
                 return cls.wrap(tokenizers.Tokenizer.from_file(str(file)))
