@@ -256,6 +256,9 @@ def load_run_config(path: Path | None, overrides: list[str], *, preset: str | No
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not valid TOML: {error}") from error
     where = str(path) if path is not None else "configuration"
+    for table in ("model", "train"):
+        if not isinstance(tables.get(table, {}), dict):
+            raise ConfigError(f"{where}: {table} = {tables[table]!r}: must be a table, [{table}]")
     for override in overrides:
         key, equals, text = override.partition("=")
         table, dot, name = key.strip().partition(".")
@@ -269,7 +272,7 @@ def load_run_config(path: Path | None, overrides: list[str], *, preset: str | No
         raise ConfigError(f"{where}: unknown table or key {sorted(unknown)[0]!r}; known: preset, [model], [train]")
     base: dict[str, Any] = {"model": {}, "train": {}}
     if name is not None:
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
         base = config_to_dict(PRESETS[name])
     return RunConfig(
@@ -301,6 +304,8 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where} = {value!r}: must be a list")
         return tuple(_converted(item, arguments[0], where) for item in value)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return config_from_dict(typing.cast("type[Any]", hint), value, where=where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

@@ -351,7 +351,7 @@ class Retro(nn.Module):
         x_BTD = self.embedding(inputs_BT.masked_fill(~keep_BT, 0)).masked_fill(~keep_BT[..., None], 0.0)
 
         keep_all_BT = keep_BT if cache is None else cache.append_keep(keep_BT)
-        self_keep_B1TT = keep_all_BT[:, None, None, :]
+        self_keep_B1TT = keep_all_BT[:, None, None, :] & keep_BT[:, None, :, None]
         if T > 1:
             self_keep_B1TT = self_keep_B1TT & torch.ones(T, T, dtype=torch.bool, device=device).tril()
         if document_BL is not None:
@@ -455,7 +455,7 @@ class _WholeChunks:
         neighbor_rotation = None
         if near.chunk_N.numel() > 0:
             hidden_NMD = x_BTD.view(B * L, M, D)[near.chunk_N]
-            encoded_NKRE = model.encode(near, hidden_NMD, keep_BT.view(B * L, M)[near.chunk_N])
+            encoded_NKRE = model.encode(near, hidden_NMD, keep_BT.reshape(B * L, M)[near.chunk_N])
             neighbor_rotation = model.neighbor_rotation(K, R, encoded_NKRE)
         query_rotation = Rotation.at(
             torch.arange(M - 1, 2 * M - 1, device=x_BTD.device),

@@ -427,7 +427,6 @@ def _complete(parts: Setup, out: Path, state: TrainingState, metrics: Metrics) -
     if test is not None:
         figures |= _evaluated(parts, test, "test", 0)
     figures["settings"] = config_to_dict(parts.run.train)
-    metrics.draw()
     prune_training(out, keep=1)
     save_model(out, parts.model, parts.data.tokenizer, training=figures, recipe=parts.recipe)
     logger.info(
