@@ -277,14 +277,20 @@ class Retro(nn.Module):
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False) if untied else None
 
     def initialize(self, generator: torch.Generator) -> "Retro":
-        """Draws all weights: normal with deviation 0.02, outputs of residual branches divided by sqrt(2 * layers)."""
+        """Draws all weights.
+
+        Matrices are normal with deviation 1 / sqrt(inputs), outputs of residual branches divided by sqrt(2 * layers) besides;
+        embeddings have deviation 0.02. A fixed 0.02 for all is too small at the widths used here: docs/decisions.md.
+        """
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 nn.init.ones_(parameter)
                 continue
             layers = self.config.encoder_layers if name.startswith("encoder.") else self.config.num_layers
             residual = name.endswith((".out.weight", ".down.weight"))
-            deviation = 0.02 / (2 * layers) ** 0.5 if residual else 0.02
+            deviation = parameter.shape[1] ** -0.5 if "embedding" not in name else 0.02
+            if residual:
+                deviation /= (2 * layers) ** 0.5
             nn.init.normal_(parameter, std=deviation, generator=generator)
         return self
 

@@ -1,0 +1,201 @@
+"""A model learns to read: facts that are only in the index are answered from the passages, and from nothing else.
+
+The curriculum (passages are added when the model has mastered fewer) is what makes this learnable in minutes: started
+with four passages it stays at chance for a long time.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from index_builder.build import build_index
+from index_builder.search import IndexRetriever
+from retro.answer import QuestionItem, ask, closed_book, question_batch, question_prompt, source_text
+from retro.config import GenerateConfig, ModelConfig, TrainConfig
+from retro.model import Retro
+from retro.tokenizer import Tokenizer
+from retro.train import make_optimizer, train_step
+
+PASSAGES = 4
+CHUNK_LEN, NEIGHBOR_LEN = 16, 28
+RELATIONS = (
+    ("What is the capital of {e}?", "The capital of {e} is {v}."),
+    ("Who founded {e}?", "{e} was founded by {v} long ago."),
+    ("Which river flows through {e}?", "The river {v} flows through {e}."),
+    ("What do people eat in {e}?", "In {e} people mostly eat {v}."),
+    ("Which language is spoken in {e}?", "People in {e} speak {v}."),
+    ("What is the currency of {e}?", "One pays with the {v} in {e}."),
+)
+
+
+class Fact(NamedTuple):
+    entity: str
+    relation: int
+    value: str
+
+    @property
+    def question(self) -> str:
+        return RELATIONS[self.relation][0].format(e=self.entity)
+
+    @property
+    def sentence(self) -> str:
+        return RELATIONS[self.relation][1].format(e=self.entity, v=self.value)
+
+    @property
+    def source(self) -> str:
+        return source_text(self.entity, self.sentence + "\n")
+
+
+def names(random_: random.Random, count: int) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        syllables = (random_.choice("bdfghjklmnprstvwz") + random_.choice("aeiou") for _ in range(3))
+        found["".join(syllables).capitalize()] = None
+    return list(found)
+
+
+class World:
+    """Invented facts: any number to train on, and 200 that stand in the index only."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.names = names(self.random, 400)
+        self.held_out = self.distinct(200, frozenset())
+        self.keys = frozenset((f.entity, f.relation) for f in self.held_out)
+
+    def fact(self) -> Fact:
+        entity, value = self.random.sample(self.names, 2)
+        return Fact(entity, self.random.randrange(len(RELATIONS)), value)
+
+    def distinct(self, count: int, forbidden: frozenset[tuple[str, int]]) -> list[Fact]:
+        facts: dict[tuple[str, int], Fact] = {}
+        while len(facts) < count:
+            fact = self.fact()
+            if (fact.entity, fact.relation) not in forbidden:
+                facts.setdefault((fact.entity, fact.relation), fact)
+        return list(facts.values())
+
+    def training_item(self, passages: int) -> QuestionItem:
+        facts = self.distinct(passages, self.keys)
+        asked = facts[0]
+        self.random.shuffle(facts)
+        return QuestionItem(asked.question, asked.value, [f.source for f in facts])
+
+
+def accuracy(model: Retro, tokenizer: Tokenizer, items: Sequence[QuestionItem]) -> float:
+    """Share of the answers' tokens, EOS left out, that are the most probable ones."""
+    batch = question_batch(items, tokenizer, CHUNK_LEN, neighbor_len=NEIGHBOR_LEN)
+    with torch.inference_mode():
+        hidden_BTD = model.hidden(
+            batch.inputs_BT,
+            keep_BT=batch.keep_BT,
+            document_BL=batch.document_BL,
+            neighbors_BLKR=batch.neighbors_BLKR,
+            keep_BLKR=batch.keep_BLKR,
+        )
+    targets = batch.targets_BT[batch.loss_BT]
+    right = model.logits(hidden_BTD[batch.loss_BT]).argmax(dim=-1) == targets
+    return float(right[targets != tokenizer.eos_id].double().mean())
+
+
+def make_tokenizer(world: World) -> Tokenizer:
+    facts = [world.fact() for _ in range(20_000)]
+    texts = [f"{f.source} {question_prompt(f.question)} {f.value}" for f in facts]
+    return Tokenizer.train(texts, vocab_size=1600)
+
+
+def trained(world: World, tokenizer: Tokenizer) -> Retro:
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        dim=96,
+        num_layers=4,
+        num_heads=4,
+        head_dim=24,
+        ffw_dim=384,
+        cca_layers=(2, 4),
+        encoder_dim=96,
+        encoder_layers=2,
+        encoder_heads=4,
+        encoder_head_dim=24,
+        encoder_ffw_dim=384,
+        chunk_len=CHUNK_LEN,
+    )
+    model = Retro(config).initialize(torch.Generator().manual_seed(0))
+    optimizer = make_optimizer(model, TrainConfig())
+    passages, mastered = 1, 0
+    for step in range(1, 1601):
+        items = [world.training_item(passages) for _ in range(64)]
+        batch = question_batch(items, tokenizer, CHUNK_LEN, neighbor_len=NEIGHBOR_LEN)
+        train_step(
+            model,
+            optimizer,
+            batch,
+            micro_batch_size=64,
+            rate=2e-3 * min(1, step / 30),
+            grad_clip=1.0,
+            dtype=torch.float32,
+        )
+        if step % 50 == 0:
+            fresh = [world.training_item(passages) for _ in range(128)]
+            score = accuracy(model, tokenizer, fresh)
+            print(step, passages, score, flush=True)
+            if passages < PASSAGES and score >= 0.9:
+                passages *= 2
+            elif passages == PASSAGES and score >= 0.98:
+                mastered += 1
+                if mastered == 2:
+                    break
+    return model
+
+
+@pytest.mark.slow
+def test_facts_that_are_only_in_the_index_are_read_from_four_passages(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    world = World(seed=0)
+    tokenizer = make_tokenizer(world)
+    model = trained(world, tokenizer)
+
+    corpus = tmp_path / "facts.jsonl"
+    rows = [
+        {"id": i, "title": f.entity, "text": f.sentence, "answer": f.value} for i, f in enumerate(world.held_out)
+    ]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build_index([str(corpus)], tmp_path / "facts.index")
+    retriever = IndexRetriever.open(tmp_path / "facts.index")
+
+    found = retriever.retrieve([f.question for f in world.held_out], PASSAGES, role="query")
+    items = [
+        QuestionItem(f.question, f.value, [source_text(p.title, p.full_text + "\n") for p in near])
+        for f, near in zip(world.held_out, found, strict=True)
+    ]
+    retrieved = sum(any(p.text == f.sentence for p in near) for f, near in zip(world.held_out, found, strict=True))
+    print(f"retrieved {retrieved} of {len(items)}")
+    on = accuracy(model, tokenizer, items)
+    off = accuracy(model, tokenizer, closed_book(items))
+    moved = items[1:] + items[:1]
+    shuffled_items = [
+        QuestionItem(own.question, own.answer, other.sources)
+        for own, other in zip(items, moved, strict=True)
+        if not any(own.answer in source for source in other.sources)
+    ]
+    shuffled = accuracy(model, tokenizer, shuffled_items)
+    print(f"on {on:.3f} off {off:.3f} shuffled {shuffled:.3f}")
+    assert on >= 0.95
+    # Chance is one name in 400; three of 200 is far beyond what chance gives.
+    assert off <= 0.015
+    assert shuffled <= 0.015
+
+    answered = ask(
+        model,
+        tokenizer,
+        world.held_out[0].question,
+        retriever=retriever,
+        config=GenerateConfig(num_neighbors=PASSAGES, neighbor_len=NEIGHBOR_LEN, max_new_tokens=4),
+    )
+    assert answered.text == world.held_out[0].value
+    assert answered.generation.finished

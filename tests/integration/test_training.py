@@ -1,0 +1,341 @@
+"""Whole runs: what they write, how they are interrupted, killed and continued."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from builders import one_thread, random_training_data, toy_run
+from torch.testing import assert_close
+
+from retro.artifact import MANIFEST, read_manifest
+from retro.checkpoint import KIND, TRAINING, WEIGHTS, load_model
+from retro.errors import ConfigError, FormatError, TrainingError
+from retro.metrics import METRICS, PLOT
+from retro.train import Progress, setup, train, train_step
+
+_one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
+TIMING = ("tokens_per_s", "seconds")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_training_data(tmp_path_factory.mktemp("data") / "toy.data").folder
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted. Not to be altered."""
+    return train(toy_run(data, tmp_path_factory.mktemp("models") / "whole.model"))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records but for what depends on time."""
+    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+
+
+def assert_same_training(folder: Path, expected: Path) -> None:
+    assert (folder / WEIGHTS).read_bytes() == (expected / WEIGHTS).read_bytes()
+    assert metrics(folder) == metrics(expected)
+    read_manifest(folder, KIND)
+
+
+def at_step(step: int, action: Callable[[], object]) -> Callable[[Progress], None]:
+    """A progress callback that does something once."""
+
+    def callback(progress: Progress) -> None:
+        if progress.step == step:
+            action()
+
+    return callback
+
+
+# --- what a run does ----------------------------------------------------------------------------------------------
+
+
+def test_a_model_learns_one_batch_by_heart(data: Path, tmp_path: Path) -> None:
+    parts = setup(toy_run(data, tmp_path, model={"dim": 32, "encoder_dim": 32, "head_dim": 16, "ffw_dim": 128}))
+    batch = parts.batches.batch(0, 1)
+    for _ in range(300):
+        result = train_step(
+            parts.model, parts.optimizer, batch, micro_batch_size=1, rate=1e-2, grad_clip=1.0, dtype=torch.float32
+        )
+        if result.loss_nats < 0.1:
+            return
+    pytest.fail(f"the loss is still {result.loss_nats}")
+
+
+def test_a_run_leaves_a_model_with_its_losses(whole: Path, data: Path) -> None:
+    manifest = read_manifest(whole, KIND)
+    state = [f"training/step-00000006/{n}" for n in ("optimizer.safetensors", "state.json", "weights.safetensors")]
+    files = ["README.md", "config.json", PLOT, METRICS, WEIGHTS, "tokenizer.json", *state]
+    assert sorted(manifest["files"]) == sorted(files)
+    model, _, info = load_model(whole)
+    figures = info["training"]
+    for split in ("valid", "test"):
+        for mode in ("on", "off", "shuffled"):
+            assert 0 < figures[f"{split}_loss_{mode}_nats"] < 6
+    assert figures["steps"] == 6
+    assert figures["settings"]["data"] == str(data)
+    final = safetensors.torch.load_file(whole / state[2])
+    for name, tensor in model.state_dict().items():
+        assert_close(tensor, final[name], rtol=0, atol=0)
+
+
+def test_metrics_have_a_line_for_each_step_and_each_evaluation(whole: Path) -> None:
+    lines = [json.loads(line) for line in (whole / METRICS).read_text().splitlines()]
+    steps = [line for line in lines if "loss_nats" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert set(steps[0]) == {"step", "loss_nats", "learning_rate", "grad_norm", "tokens_per_s", "seconds"}
+    evaluations = [line for line in lines if "loss_nats" not in line]
+    assert [line["step"] for line in evaluations] == [3, 6]
+    modes = ("on", "off", "shuffled")
+    assert set(evaluations[0]) == {"step", "valid_tokens", *(f"valid_loss_{mode}_nats" for mode in modes)}
+
+
+def test_progress_is_told_after_every_step(data: Path, tmp_path: Path) -> None:
+    told: list[Progress] = []
+    train(toy_run(data, tmp_path / "m", log_every=100), progress=told.append)
+    assert [(p.step, p.steps) for p in told] == [(n, 6) for n in range(1, 7)]
+    assert all(p.tokens_per_s > 0 and 0 < p.loss_nats < 6 for p in told)
+
+
+def test_data_without_held_out_documents_trains_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = random_training_data(tmp_path / "d", counts={"train": 5})
+    out = train(toy_run(data.folder, tmp_path / "m"))
+    for split in ("valid", "test"):
+        assert f"no document in the split {split}" in caplog.text
+    assert not any("loss_on" in key for key in load_model(out)[2]["training"])
+
+
+def test_a_run_works_outside_the_main_thread(data: Path, whole: Path, tmp_path: Path) -> None:
+    thread = threading.Thread(target=train, args=(toy_run(data, tmp_path / "m"),))
+    thread.start()
+    thread.join()
+    assert_same_training(tmp_path / "m", whole)
+
+
+# --- going on -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves_it(
+    data: Path, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = toy_run(data, tmp_path / "m", save_every=100)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt):
+        train(run, progress=at_step(3, lambda: os.kill(os.getpid(), number)))
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [p.name for p in (tmp_path / "m" / TRAINING).iterdir()] == ["step-00000003"]
+    with pytest.raises(FormatError, match="interrupted"):
+        load_model(tmp_path / "m")
+    told: list[Progress] = []
+    assert_same_training(train(run, progress=told.append), whole)
+    assert [p.step for p in told] == [4, 5, 6]
+
+
+def test_a_second_signal_stops_at_once(data: Path, whole: Path, tmp_path: Path) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    run = toy_run(data, tmp_path / "m")
+    with pytest.raises(KeyboardInterrupt):
+        train(run, progress=at_step(3, twice))
+    assert [p.name for p in (tmp_path / "m" / TRAINING).iterdir()] == ["step-00000002"]
+    assert_same_training(train(run), whole)
+
+
+def test_a_damaged_newest_checkpoint_costs_steps_but_changes_nothing(
+    data: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = toy_run(data, tmp_path / "m")
+    with pytest.raises(KeyboardInterrupt):
+        train(run, progress=at_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    newest = tmp_path / "m" / TRAINING / "step-00000005" / "weights.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-8])
+    told: list[Progress] = []
+    assert_same_training(train(run, progress=told.append), whole)
+    assert told[0].step == 5
+    assert str(newest) in caplog.text
+
+
+def test_a_finished_run_is_left_alone(data: Path, whole: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(whole, tmp_path / "m")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
+    train(toy_run(data, out, log_every=5, save_every=1, eval_every=2, eval_sequences=1, device="auto"))
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"} == before
+
+
+def test_more_steps_go_on_from_a_finished_run_as_if_it_had_been_longer(data: Path, tmp_path: Path) -> None:
+    constant: dict[str, Any] = {"learning_rate": 1e-3, "final_learning_rate": 1e-3, "eval_every": 4}
+    long = train(toy_run(data, tmp_path / "long", steps=8, **constant))
+    train(toy_run(data, tmp_path / "m", steps=4, **constant))
+    moved = shutil.copytree(data, tmp_path / "moved.data")
+    assert_same_training(train(toy_run(moved, tmp_path / "m", steps=8, **constant)), long)
+    assert [p.name for p in (tmp_path / "m" / TRAINING).iterdir()] == ["step-00000008"]
+    with pytest.raises(ConfigError, match=r"has had 8 steps already: set train\.steps to that or more"):
+        train(toy_run(data, tmp_path / "m", steps=7, **constant))
+
+
+def test_a_finished_model_that_trains_on_is_unfinished_until_it_is_done(
+    data: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(whole, tmp_path / "m")
+    run = toy_run(data, out, steps=9)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, progress=at_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(FormatError, match="interrupted"):
+        load_model(out)
+    train(run)
+    assert load_model(out)[2]["training"]["steps"] == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.5}, r"train\.learning_rate: 0\.001 -> 0\.5"),
+        ({"batch_size": 8}, r"train\.batch_size: 4 -> 8"),
+        ({"seed": 1}, r"train\.seed: 0 -> 1"),
+        ({"model": {"dim": 32, "encoder_dim": 32}}, r"model\.dim: 16 -> 32"),
+    ],
+)
+def test_other_settings_are_refused_with_the_difference(
+    data: Path, whole: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    finished = shutil.copytree(whole, tmp_path / "finished")
+    begun = tmp_path / "begun"
+    with pytest.raises(KeyboardInterrupt):
+        train(toy_run(data, begun), progress=at_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    for out in (finished, begun):
+        with pytest.raises(ConfigError, match=message):
+            train(toy_run(data, out, **changes))
+    assert (finished / MANIFEST).is_file()
+
+
+def test_other_data_is_refused_and_overwrite_begins_again(data: Path, whole: Path, tmp_path: Path) -> None:
+    other = random_training_data(tmp_path / "other.data", seed=1)
+    out = shutil.copytree(whole, tmp_path / "m")
+    with pytest.raises(ConfigError, match=r"made differently \(data: "):
+        train(toy_run(other.folder, out))
+    train(toy_run(other.folder, out), overwrite=True)
+    assert metrics(out)[0] != metrics(whole)[0]
+    assert_same_training(train(toy_run(data, out), overwrite=True), whole)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_batch(data: Path, tmp_path: Path) -> None:
+    run = toy_run(data, tmp_path / "m", learning_rate=1e30, warmup_steps=3, save_every=1)
+    with pytest.raises(TrainingError, match=r"step 2: the loss is .*failed-batch-00000002\.safetensors") as caught:
+        train(run)
+    assert "learning_rate" in str(caught.value)
+    batch = safetensors.torch.load_file(tmp_path / "m" / "failed-batch-00000002.safetensors")
+    assert_close(batch, setup(run).batches.batch(4, 4, neighbor_dropout=0.25).tensors(), rtol=0, atol=0)
+    assert [p.name for p in (tmp_path / "m" / TRAINING).iterdir()] == ["step-00000001"]
+
+
+# --- killed -------------------------------------------------------------------------------------------------------
+
+# One process imports everything and forks a child for each run, which may die. A single thread, so that forking is safe.
+HARNESS = """
+import json, os, signal, sys, time
+from pathlib import Path
+import torch
+from builders import toy_run
+from retro.train import train
+
+torch.set_num_threads(1)
+
+def child(job, out, kill_after_s=None, kill_at=None):
+    # Runs until it is done, or killed after a time, or before it touches the disk for the kill_at-th time.
+    pid = os.fork()
+    if pid == 0:
+        touched = 0
+        def hook(event, arguments):
+            nonlocal touched
+            if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(out) in str(arguments[0]):
+                touched += 1
+                if touched == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+        code = 1
+        try:
+            train(toy_run(Path(job["data"]), Path(out), **job["changes"]), progress=lambda _: time.sleep(job["pause_s"]))
+            code = 0
+        finally:
+            os._exit(code)
+    if kill_after_s is not None:
+        time.sleep(kill_after_s)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+jobs = json.load(sys.stdin)
+# What is imported and cached on first use need not be so again in every child.
+train(toy_run(Path(jobs[0]["data"]), Path(jobs[0]["out"] + ".first"), steps=1))
+for job in jobs:
+    for kill in job["kills"]:
+        print(json.dumps(child(job, job["out"], **kill)), flush=True)
+"""
+
+
+def run_killed(jobs: list[dict[str, Any]]) -> list[int]:
+    """How each child of each job ended, as waitpid tells it."""
+    tests = Path(__file__).resolve().parent.parent
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent)))}
+    done = subprocess.run(
+        [sys.executable, "-c", HARNESS],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return [int(line) for line in done.stdout.split()]
+
+
+def test_a_run_killed_at_random_times_ends_with_the_same_weights(data: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"steps": 40, "save_every": 3, "eval_every": 20}
+    expected = train(toy_run(data, tmp_path / "whole", **changes))
+    job = {"data": str(data), "out": str(tmp_path / "m"), "changes": changes, "pause_s": 0.02}
+    generator = torch.Generator().manual_seed(torch.seed() % 2**31)
+    times = (0.1 + 0.7 * torch.rand(3, generator=generator)).tolist()
+    kills: list[dict[str, Any]] = [{"kill_after_s": time} for time in times]
+    ends = run_killed([{**job, "kills": [*kills, {}]}])
+    assert ends == [signal.SIGKILL] * 3 + [0], times
+    assert_same_training(tmp_path / "m", expected)
+
+
+@pytest.mark.slow
+def test_a_run_killed_wherever_it_touches_the_disk_ends_with_the_same_weights(data: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"steps": 5, "save_every": 2, "eval_every": 100, "log_every": 2}
+    expected = train(toy_run(data, tmp_path / "whole", **changes))
+    jobs = [
+        {
+            "data": str(data),
+            "out": str(tmp_path / f"m{at}"),
+            "changes": changes,
+            "pause_s": 0.0,
+            "kills": [{"kill_at": at}, {}],
+        }
+        for at in range(1, 120, 3)
+    ]
+    ends = run_killed(jobs)
+    killed, resumed = ends[::2], ends[1::2]
+    assert set(resumed) == {0}
+    assert set(killed) == {signal.SIGKILL, 0}, "a run must have fewer places to be killed at than are tried"
+    for job in jobs:
+        assert_same_training(Path(str(job["out"])), expected)

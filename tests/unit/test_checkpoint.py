@@ -1,0 +1,232 @@
+"""Models and states of training: what is saved is read back, what is damaged is noticed."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import one_thread, toy_model_config, toy_tokenizer
+from torch.testing import assert_close
+
+from retro.artifact import MANIFEST, read_manifest, write_manifest
+from retro.checkpoint import (
+    CONFIG,
+    KIND,
+    TRAINING,
+    WEIGHTS,
+    TrainingState,
+    load_model,
+    load_training,
+    save_model,
+    save_tensors,
+    save_training,
+)
+from retro.config import TrainConfig
+from retro.errors import FormatError, MismatchError
+from retro.model import Retro
+from retro.tokenizer import Tokenizer
+from retro.train import make_optimizer
+
+_one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
+INPUTS = torch.arange(2, 18).view(1, 16)
+
+
+def make_model(seed: int = 0, **changes: Any) -> Retro:
+    return Retro(toy_model_config(**changes)).initialize(torch.Generator().manual_seed(seed))
+
+
+def rewrite_manifest(folder: Path) -> None:
+    """Makes the manifest agree with altered files, so that what lies behind it is tested."""
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, KIND, {})
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_model(tmp_path / "m", make_model(), toy_tokenizer(), training={"steps": 3, "valid_loss_on_nats": 1.25})
+    return tmp_path / "m"
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "encoder_dim": 24}, {"cca_layers": ()}])
+def test_a_loaded_model_computes_what_the_saved_one_did(changes: dict[str, Any], tmp_path: Path) -> None:
+    model = make_model(**changes)
+    save_model(tmp_path / "m", model, toy_tokenizer())
+    loaded, tokenizer, info = load_model(tmp_path / "m")
+    assert loaded.config == model.config
+    assert tokenizer.fingerprint == info["tokenizer_fingerprint"] == toy_tokenizer().fingerprint
+    assert not loaded.training
+    with torch.no_grad():
+        assert_close(loaded(INPUTS), model(INPUTS), rtol=0, atol=0)
+
+
+def test_saving_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_model(tmp_path / name, make_model(), toy_tokenizer(), training={"steps": 1})
+    assert read_manifest(tmp_path / "a", KIND) == read_manifest(tmp_path / "b", KIND)
+
+
+def test_config_holds_the_figures_and_the_card_shows_them(saved: Path) -> None:
+    info = json.loads((saved / CONFIG).read_text())
+    assert info["training"] == {"steps": 3, "valid_loss_on_nats": 1.25}
+    card = (saved / "README.md").read_text()
+    parameters = sum(p.numel() for p in make_model().parameters())
+    for expected in (f"{parameters:,} parameters", "- steps: 3", "| valid loss on | 1.2500 |", "layers 2", "License"):
+        assert expected in card
+
+
+def test_a_model_that_is_not_there_or_unfinished_is_refused(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="is not there"):
+        load_model(tmp_path / "nothing")
+    (saved / MANIFEST).unlink()
+    with pytest.raises(FormatError, match="interrupted"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, "tokenizer.json", "README.md"])
+def test_an_altered_byte_is_noticed(saved: Path, name: str) -> None:
+    content = bytearray((saved / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (saved / name).write_bytes(content)
+    with pytest.raises(FormatError, match=f"{name} was altered"):
+        load_model(saved)
+
+
+def test_weights_that_are_no_safetensors_are_refused(saved: Path) -> None:
+    (saved / WEIGHTS).write_bytes(b"nonsense" * 4)
+    rewrite_manifest(saved)
+    with pytest.raises(FormatError, match=r"model\.safetensors is damaged"):
+        load_model(saved)
+
+
+def test_another_tokenizer_is_a_mismatch(saved: Path) -> None:
+    Tokenizer.train(["other other other"], 262).save(saved)
+    rewrite_manifest(saved)
+    with pytest.raises(MismatchError, match="trained with the tokenizer"):
+        load_model(saved)
+
+
+def test_weights_of_another_network_are_a_mismatch(saved: Path) -> None:
+    weights = dict(make_model().state_dict())
+    weights["strange"] = weights.pop("norm.weight")
+    weights["embedding.weight"] = weights["embedding.weight"][:, :8].contiguous()
+    save_tensors(saved / WEIGHTS, weights)
+    rewrite_manifest(saved)
+    message = r"norm\.weight is missing; strange is unknown; embedding\.weight is \[258, 8\] instead of \[258, 16\]"
+    with pytest.raises(MismatchError, match=message):
+        load_model(saved)
+
+
+def test_a_config_of_something_else_is_refused(saved: Path) -> None:
+    (saved / CONFIG).write_text('{"architectures": ["GPT2"]}')
+    rewrite_manifest(saved)
+    with pytest.raises(FormatError, match="not that of a model"):
+        load_model(saved)
+
+
+# --- the state of training ----------------------------------------------------------------------------------------
+
+
+def stepped(seed: int, steps: int = 2) -> tuple[Retro, torch.optim.AdamW]:
+    """A model after some optimizer steps without neighbors: CCA and encoder have no optimizer state."""
+    model = make_model(seed)
+    optimizer = make_optimizer(model, TrainConfig())
+    for _ in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(model(INPUTS).square().mean())
+        optimizer.step()
+    return model, optimizer
+
+
+def test_a_state_is_read_back_exactly_and_training_goes_on_the_same(tmp_path: Path) -> None:
+    model, optimizer = stepped(0)
+    state = TrainingState(step=7, sequence=28, tokens=100, seconds=1.5)
+    save_training(tmp_path, model, optimizer, state)
+    other, other_optimizer = stepped(1, steps=1)
+    assert load_training(tmp_path, other, other_optimizer) == state
+    for m, o in ((model, optimizer), (other, other_optimizer)):
+        o.zero_grad(set_to_none=True)
+        torch.autograd.backward(m(INPUTS).square().mean())
+        o.step()
+    for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert_close(theirs, ours, rtol=0, atol=0, msg=name)
+        assert optimizer.state.get(ours, {}).keys() == other_optimizer.state.get(theirs, {}).keys()
+
+
+def test_only_the_newest_two_states_are_kept(tmp_path: Path) -> None:
+    model, optimizer = stepped(0)
+    for step in (9, 10, 11):
+        save_training(tmp_path, model, optimizer, TrainingState(step=step))
+    assert sorted(p.name for p in (tmp_path / TRAINING).iterdir()) == ["step-00000010", "step-00000011"]
+
+
+def test_nothing_saved_is_nothing_to_go_on_from(tmp_path: Path) -> None:
+    assert load_training(tmp_path, *stepped(0)) is None
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def alter(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def corrupt_state(path: Path) -> None:
+    path.write_text('{"step": 2}')
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("weights.safetensors", truncate),
+        ("weights.safetensors", alter),
+        ("weights.safetensors", Path.unlink),
+        ("optimizer.safetensors", truncate),
+        ("optimizer.safetensors", alter),
+        ("optimizer.safetensors", Path.unlink),
+        ("state.json", truncate),
+        ("state.json", corrupt_state),
+        ("state.json", Path.unlink),
+        ("", shutil.rmtree),
+    ],
+)
+def test_a_damaged_state_gives_way_to_the_one_before(
+    name: str, damage: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, older_optimizer = stepped(0)
+    save_training(tmp_path, older, older_optimizer, TrainingState(step=1))
+    save_training(tmp_path, *stepped(1), TrainingState(step=2))
+    newest = tmp_path / TRAINING / "step-00000002"
+    damage(newest / name)
+    model, optimizer = stepped(2)
+    with caplog.at_level(logging.WARNING):
+        state = load_training(tmp_path, model, optimizer)
+    assert state == TrainingState(step=1)
+    assert (str(newest) in caplog.text) == bool(name)
+    for ours, theirs in zip(older.parameters(), model.parameters(), strict=True):
+        assert_close(theirs, ours, rtol=0, atol=0)
+
+
+def test_a_damaged_state_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
+    model, optimizer = stepped(0)
+    save_training(tmp_path, model, optimizer, TrainingState(step=1))
+    alter(tmp_path / TRAINING / "step-00000001" / "weights.safetensors")
+    save_training(tmp_path, model, optimizer, TrainingState(step=1))
+    assert load_training(tmp_path, model, optimizer) == TrainingState(step=1)
+
+
+def test_no_intact_state_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    model, optimizer = stepped(0)
+    for step in (1, 2):
+        save_training(tmp_path, model, optimizer, TrainingState(step=step))
+        alter(tmp_path / TRAINING / f"step-{step:08d}" / "optimizer.safetensors")
+    with pytest.raises(FormatError, match=r"none of the 2 checkpoints .* --overwrite"):
+        load_training(tmp_path, model, optimizer)
