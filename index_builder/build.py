@@ -14,7 +14,7 @@ from index_builder.corpus import ReadOptions, describe_corpora, read_documents
 from index_builder.encoder import Encoder
 from index_builder.index import VectorIndex, plan_index
 from index_builder.search import INDEX_FILE
-from index_builder.shards import read_shards
+from index_builder.shards import count_rejects, read_shards
 from retro.artifact import MANIFEST, begin, find_damage, finish, read_json, read_manifest, write_json, writing
 from retro.chunks import ChunkStore, Document, Int64s, chunk_spans, load_array, save_array, shard_path, write_documents
 from retro.tokenizer import Tokenizer
@@ -160,10 +160,9 @@ def _read(
         number += 1
         documents += len(shard.documents)
         chunks += sum(len(spans) for spans in shard.made)
-        rejects = shard.rejects
         if progress is not None:
             progress("read", documents, None)
-    counts = {"documents": documents, "chunks": chunks, "rejects": rejects}
+    counts = {"documents": documents, "chunks": chunks, "rejects": count_rejects(folder / "rejects.jsonl")}
     write_json(path, counts)
     return counts
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from index_builder.config import DataConfig
 from index_builder.corpus import describe_corpora
 from index_builder.search import IndexRetriever, find_neighbors
-from index_builder.shards import read_shards
+from index_builder.shards import count_rejects, read_shards
 from retro.artifact import begin, finish, read_json, write_atomically, write_json, writing
 from retro.chunks import (
     SPLITS,
@@ -131,11 +131,10 @@ def _make_shards(
             "chunks": chunks,
         }
         write_json(shard_path(work, number, ".counts.json"), counts)
-        rejects = shard.rejects
         number += 1
         if progress is not None:
             progress("neighbors of chunks", chunks_done, None)
-    return {"documents": documents_done, "chunks": chunks_done, "rejects": rejects}
+    return {"documents": documents_done, "chunks": chunks_done, "rejects": count_rejects(out / "rejects.jsonl")}
 
 
 def _tokenized(document: Document, tokenizer: Tokenizer, config: DataConfig) -> TokenizedDocument:

@@ -76,6 +76,11 @@ def read_shards(
         yield Shard(documents=documents, made=made, records=records, rejects=num_rejects)
 
 
+def count_rejects(path: Path) -> int:
+    """Lines of a rejects file; 0 where there is none."""
+    return len(path.read_bytes().splitlines()) if path.is_file() else 0
+
+
 def _append(path: Path, rejects: list[Reject]) -> None:
     if not rejects:
         return

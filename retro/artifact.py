@@ -208,6 +208,7 @@ def begin(folder: Path, recipe: dict[str, Any], *, overwrite: bool) -> bool:
             "Use the same settings to go on, --overwrite to start again, or another --out"
         )
     if finished:
+        (folder / UNFINISHED).unlink(missing_ok=True)  # killed between the last two steps of `finish`
         read_manifest(folder, read_json(folder / MANIFEST).get("kind", ""))
         return True
     remove_temporaries(folder)

@@ -92,10 +92,10 @@ def run_demo(
     with train_bar() as progress:
         training.train(run, progress=progress)
     network, own_tokenizer, info = load_model(model, device)
-    test = info["training"]["test"]
+    loss = {kind: info["training"][f"test_loss_{kind}_nats"] for kind in ("on", "off", "shuffled")}
     typer.echo(
         "\n  Test loss in nats per token: "
-        f"{test['on']:.3f} with its neighbors, {test['off']:.3f} without, {test['shuffled']:.3f} with those of others."
+        f"{loss['on']:.3f} with its neighbors, {loss['off']:.3f} without, {loss['shuffled']:.3f} with those of others."
     )
 
     _headline("5. Answers", "Five questions, each with the passages that the model read.")

@@ -3,9 +3,11 @@
 import json
 import lzma
 import os
+import resource
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,9 +204,25 @@ def folder_bytes() -> Callable[[Path], dict[str, bytes]]:
     return read
 
 
+@pytest.fixture
+def file_limit() -> Callable[[int], AbstractContextManager[None]]:
+    """Inside it, writing a file fails at so many bytes: the operating system's own error, as on a full disk."""
+
+    @contextmanager
+    def limited(num_bytes: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
+
+
 # One process imports everything once and forks a child for each job, which may die. A single thread, so that forking is safe.
 _HARNESS = """
-import json, os, resource, shutil, signal, sys
+import json, os, shutil, signal, sys
 from pathlib import Path
 import faiss, sentence_transformers, torch, transformers
 from index_builder.build import build_index
@@ -230,7 +248,7 @@ def work(job, out):
         build_training_data([job["corpus"]], out, tokenizer=opened["tokenizer"], retriever=opened["retriever"],
                             config=DataConfig(**options))
 
-def child(job, out, die_before=0, file_limit=0):
+def child(job, out, die_before=0):
     # Returns what the job did to the disk, as a list of file names, and how it ended.
     reader, writer = os.pipe()
     pid = os.fork()
@@ -248,8 +266,6 @@ def child(job, out, die_before=0, file_limit=0):
                 if steps == die_before:
                     os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(hook)
-        if file_limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
         try:
             work(job, out)
             report.write(json.dumps(["end", "done", ""]) + "\\n")
@@ -281,10 +297,6 @@ for job in request:
         killed = child(job, folder, die_before=number)
         shutil.copytree(folder, out / f"remains{number}")
         result["killed"].append({"number": number, "first": killed, "second": child(job, folder)})
-    if "file_limit" in job:
-        folder = out / "limited"
-        result["limited"] = child(job, folder, file_limit=job["file_limit"])
-        result["continued"] = child(job, folder)
     results.append(result)
 print(json.dumps(results))
 """
@@ -292,13 +304,12 @@ print(json.dumps(results))
 
 @pytest.fixture(scope="session")
 def in_processes() -> Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]:
-    """Makes artifacts in processes that are killed, or run out of space, and makes them again.
+    """Makes artifacts in processes that are killed, and makes them again.
 
     A job has `make` ("index" or "data"), `corpus`, `config`, `out`, and for data `index` and `tokenizer`. It is done once
     without interruption in `out/whole`. With `stride`, it is killed with SIGKILL before the first and every stride-th step
     that changes the disk (a file renamed to its place or deleted) and then done again, each time in a folder of its own;
-    what the kill left is kept in `out/remains<n>`. With `file_limit`, it is done where no file may have more bytes, and then
-    again without that limit, in `out/limited`.
+    what the kill left is kept in `out/remains<n>`.
     """
 
     def run(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from index_builder.index import VectorIndex
 from index_builder.search import INDEX_FILE, IndexRetriever
 from retro.artifact import read_manifest
 from retro.chunks import ChunkStore, chunk_spans, load_array
-from retro.errors import ConfigError, CorpusError, FormatError
+from retro.errors import ConfigError, CorpusError, FormatError, StorageError
 from retro.tokenizer import Tokenizer
 
 FolderBytes = Callable[[Path], dict[str, bytes]]
+Killed = tuple[Path, dict[str, Any]]
 BAD = "not JSON"
 
 
@@ -48,7 +51,12 @@ def test_an_index_holds_the_chunks_of_the_corpus_in_order(corpus: Path, tiny_ind
     store = ChunkStore(tiny_index)
     passages = [store.passage(row) for row in range(store.num_chunks)]
     assert [(passage.key, passage.title, passage.text) for passage in passages] == expected
-    assert store.num_shards == SHARDS
+    # A shard ends with the document that fills it.
+    counts = Counter(key for key, _, _ in expected)
+    shards, size = 0, 0
+    for count in counts.values():
+        shards, size = (shards + 1, 0) if size + count >= 50 else (shards, size + count)
+    assert store.num_shards == shards + (size > 0)
 
 
 def test_vectors_are_those_of_the_chunks_as_documents(tiny_index: Path, tiny_encoder: Path) -> None:
@@ -292,8 +300,8 @@ def killed(
     paragraphs: list[dict[str, Any]],
     tiny_encoder: Path,
     in_processes: Callable[..., list[dict[str, Any]]],
-) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """A build that is killed before each of its steps, and one that runs out of space."""
+) -> Killed:
+    """A build that is killed before each of its steps: its folder, and what happened."""
     folder = tmp_path_factory.mktemp("killed")
     short = [{**record, "text": record["text"][:200]} for record in paragraphs[:6]]
     records = [*short[:1], BAD, *short[1:5], BAD, *short[5:]]
@@ -305,21 +313,14 @@ def killed(
         "index_type": "IVF2,Flat",
         "read": {"on_error": "skip"},
     }
-    jobs = [
-        {"make": "index", "corpus": str(corpus), "config": config, "out": str(folder / "steps"), "stride": 1},
-    ]
-    # One file may be no longer than this: the tokenizer is, the documents are not.
-    limit = 4 << 10
-    small = {**config, "shard_chunks": 2}
-    jobs.append({**jobs[0], "config": small, "out": str(folder / "full"), "stride": 10**6, "file_limit": limit})
-    steps, full = in_processes(jobs)
-    return folder, steps, full
+    job = {"make": "index", "corpus": str(corpus), "config": config, "out": str(folder / "steps"), "stride": 1}
+    return folder, in_processes([job])[0]
 
 
 def test_a_build_killed_before_any_of_its_steps_goes_on_to_the_same_bytes(
-    killed: tuple[Path, dict[str, Any], dict[str, Any]], folder_bytes: FolderBytes
+    killed: Killed, folder_bytes: FolderBytes
 ) -> None:
-    folder, result, _ = killed
+    folder, result = killed
     whole = folder_bytes(folder / "steps" / "whole")
     assert result["whole"]["end"] == ["done", ""]
     steps = [name for _, name in result["whole"]["steps"]]
@@ -339,9 +340,9 @@ def test_a_build_killed_before_any_of_its_steps_goes_on_to_the_same_bytes(
 
 
 def test_what_a_kill_leaves_is_never_taken_for_an_index(
-    killed: tuple[Path, dict[str, Any], dict[str, Any]],
+    killed: Killed,
 ) -> None:
-    folder, result, _ = killed
+    folder, result = killed
     steps = [name for _, name in result["whole"]["steps"]]
     for number in range(1, steps.index("manifest.json") + 2):
         with pytest.raises(FormatError, match="making it was interrupted"):
@@ -349,9 +350,9 @@ def test_what_a_kill_leaves_is_never_taken_for_an_index(
 
 
 def test_a_build_that_was_resumed_does_not_repeat_finished_shards(
-    killed: tuple[Path, dict[str, Any], dict[str, Any]],
+    killed: Killed,
 ) -> None:
-    _, result, _ = killed
+    _, result = killed
     for attempt in result["killed"]:
         finished = {name for _, name in attempt["first"]["steps"][:-1] if "/0000" in name and "chunks/" not in name}
         repeated = {name for _, name in attempt["second"]["steps"]} & finished
@@ -359,9 +360,9 @@ def test_a_build_that_was_resumed_does_not_repeat_finished_shards(
 
 
 def test_settings_that_changed_after_a_kill_are_refused_and_what_is_there_is_kept(
-    killed: tuple[Path, dict[str, Any], dict[str, Any]], tiny_encoder: Path, tmp_path: Path, folder_bytes: FolderBytes
+    killed: Killed, tiny_encoder: Path, tmp_path: Path, folder_bytes: FolderBytes
 ) -> None:
-    folder, result, _ = killed
+    folder, result = killed
     number = [name for _, name in result["whole"]["steps"]].index("vectors/00001.npy") + 1
     begun = shutil.copytree(folder / "steps" / f"remains{number}", tmp_path / "x.index")
     before = folder_bytes(begun)
@@ -380,16 +381,38 @@ def test_settings_that_changed_after_a_kill_are_refused_and_what_is_there_is_kep
     assert folder_bytes(begun) == folder_bytes(tmp_path / "fresh.index")
 
 
-def test_a_disk_that_is_full_says_so_and_the_build_goes_on_once_there_is_room(
-    killed: tuple[Path, dict[str, Any], dict[str, Any]], folder_bytes: FolderBytes
+@pytest.fixture(scope="module")
+def with_room(corpus: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of short chunks, whose vectors take more room than anything before them."""
+    folder = tmp_path_factory.mktemp("room") / "x.index"
+    build_index([str(corpus)], folder, BuildConfig(encoder=str(tiny_encoder), chunk_len=4))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "refused"),
+    [(5_000, "tokenizer.json"), (70_000, "vectors/00000.npy"), (150_000, "index/vectors.faiss")],
+)
+def test_a_full_disk_says_so_and_the_build_goes_on_once_there_is_room(
+    corpus: Path,
+    tiny_encoder: Path,
+    with_room: Path,
+    tmp_path: Path,
+    folder_bytes: FolderBytes,
+    file_limit: Callable[[int], AbstractContextManager[None]],
+    num_bytes: int,
+    refused: str,
 ) -> None:
-    folder, _, result = killed
-    kind, message = result["limited"]["end"]
-    assert kind == "RetroError StorageError"
-    assert message.startswith("the disk is full")
-    assert "What is finished is kept: make room and run the same command again" in message
-    assert result["continued"]["end"] == ["done", ""]
-    assert folder_bytes(folder / "full" / "limited") == folder_bytes(folder / "full" / "whole")
+    config = BuildConfig(encoder=str(tiny_encoder), chunk_len=4)
+    with pytest.raises(StorageError) as caught, file_limit(num_bytes):
+        build_index([str(corpus)], tmp_path / "x.index", config)
+    message = str(caught.value)
+    assert message.startswith("the disk is full (")
+    assert f"cannot write {tmp_path / 'x.index' / refused}. " in message
+    assert message.endswith("What is finished is kept: make room and run the same command again")
+    assert [path.name for path in (tmp_path / "x.index").rglob("*.tmp")] == []
+    build_index([str(corpus)], tmp_path / "x.index", config)
+    assert folder_bytes(tmp_path / "x.index") == folder_bytes(with_room)
 
 
 # Tokenizers

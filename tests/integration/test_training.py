@@ -310,12 +310,15 @@ def run_killed(jobs: list[dict[str, Any]]) -> list[int]:
 def test_a_run_killed_at_random_times_ends_with_the_same_weights(data: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"steps": 40, "save_every": 3, "eval_every": 20}
     expected = train(toy_run(data, tmp_path / "whole", **changes))
-    job = {"data": str(data), "out": str(tmp_path / "m"), "changes": changes, "pause_s": 0.02}
+    job = {"data": str(data), "out": str(tmp_path / "m"), "changes": changes, "pause_s": 0.05}
     generator = torch.Generator().manual_seed(torch.seed() % 2**31)
-    times = (0.1 + 0.7 * torch.rand(3, generator=generator)).tolist()
+    times = (0.1 + 0.5 * torch.rand(3, generator=generator)).tolist()
     kills: list[dict[str, Any]] = [{"kill_after_s": time} for time in times]
     ends = run_killed([{**job, "kills": [*kills, {}]}])
-    assert ends == [signal.SIGKILL] * 3 + [0], times
+    # 40 pauses are longer than the three times together, but on a busy machine a sleep may take longer than it should.
+    assert ends[0] == signal.SIGKILL, times
+    assert set(ends[1:-1]) <= {signal.SIGKILL, 0}, times
+    assert ends[-1] == 0, times
     assert_same_training(tmp_path / "m", expected)
 
 

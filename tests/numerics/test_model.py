@@ -619,10 +619,10 @@ def test_initialization_draws_the_documented_deviations() -> None:
         if weight.ndim == 1:
             assert (weight == 1).all(), name
             continue
-        deviation = 0.02
+        deviation = 0.02 if "embedding" in name else weight.shape[1] ** -0.5
         if name.endswith((".out.weight", ".down.weight")):
             layers = config.encoder_layers if name.startswith("encoder.") else config.num_layers
-            deviation = 0.02 / (2 * layers) ** 0.5
+            deviation /= (2 * layers) ** 0.5
         # The deviation of a sample's deviation is 1 / sqrt(2n) of it.
         tolerance = 5 / (2 * weight.numel()) ** 0.5
         assert float(weight.detach().std()) == pytest.approx(deviation, rel=tolerance), name

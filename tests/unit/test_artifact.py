@@ -32,6 +32,17 @@ def finished(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(params=["made", "begun"])
+def existing(request: pytest.FixtureRequest, finished: Path, tmp_path: Path) -> Path:
+    """An artifact of RECIPE in both states; the name of its folder is the state."""
+    folder = tmp_path / request.param
+    if request.param == "made":
+        return finished.rename(folder)
+    begin(folder, RECIPE, overwrite=False)
+    write_atomically(folder / "vectors" / "00000.npy", lambda file: file.write(b"0123456789"))
+    return folder
+
+
 # Atomic writing
 
 
@@ -285,27 +296,26 @@ def test_a_recipe_is_the_same_as_its_json(finished: Path) -> None:
     assert begin(finished, {**RECIPE, "corpora": ("a.jsonl",)}, overwrite=False)
 
 
-def test_a_kill_between_the_manifest_and_the_end_leaves_no_trace(finished: Path) -> None:
-    before = files_of(finished)
-    write_json(finished / "build.json", RECIPE)
-    assert begin(finished, RECIPE, overwrite=False)
-    assert files_of(finished) == before
+def test_a_kill_between_the_manifest_and_the_end_leaves_no_trace(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    begin(folder, RECIPE, overwrite=False)
+    unfinished = (folder / "build.json").read_bytes()
+    finish(folder, "index", RECIPE, {})
+    (folder / "build.json").write_bytes(unfinished)
+    assert begin(folder, RECIPE, overwrite=False)
+    assert set(files_of(folder)) == {"manifest.json"}
 
 
-@pytest.mark.parametrize("state", ["made", "begun"])
-def test_another_recipe_is_refused_with_the_differences(finished: Path, state: str) -> None:
-    if state == "begun":
-        write_json(finished / "build.json", RECIPE)
-        (finished / "manifest.json").unlink()
-    before = files_of(finished)
+def test_another_recipe_is_refused_with_the_differences(existing: Path) -> None:
+    before = files_of(existing)
     other = {"config": {"chunk_len": 32, "seed": 0}, "corpora": ["b.jsonl"], "new": True}
     with pytest.raises(ConfigError) as caught:
-        begin(finished, other, overwrite=False)
+        begin(existing, other, overwrite=False)
     assert str(caught.value) == (
-        f'{finished} was {state} differently (config.chunk_len: 64 -> 32; corpora: ["a.jsonl"] -> ["b.jsonl"]; '
+        f'{existing} was {existing.name} differently (config.chunk_len: 64 -> 32; corpora: ["a.jsonl"] -> ["b.jsonl"]; '
         "new: null -> true). Use the same settings to go on, --overwrite to start again, or another --out"
     )
-    assert files_of(finished) == before
+    assert files_of(existing) == before
 
 
 def test_equal_data_has_no_differences_and_long_values_are_cut() -> None:
@@ -314,14 +324,13 @@ def test_equal_data_has_no_differences_and_long_values_are_cut() -> None:
     assert line == f'a: "{"x" * 56}... -> 1'
 
 
-@pytest.mark.parametrize("state", ["made", "begun"])
-def test_overwriting_starts_from_nothing(finished: Path, state: str) -> None:
-    if state == "begun":
-        write_json(finished / "build.json", RECIPE)
-        (finished / "manifest.json").unlink()
+def test_overwriting_starts_from_nothing(existing: Path) -> None:
     other = {"config": {"chunk_len": 32}}
-    assert not begin(finished, other, overwrite=True)
-    assert {name: json.loads(content) for name, content in files_of(finished).items()} == {"build.json": other}
+    assert not begin(existing, other, overwrite=True)
+    assert set(files_of(existing)) == {"build.json"}
+    assert not begin(existing, other, overwrite=False)
+    with pytest.raises(ConfigError, match=r"begun differently \(config\.chunk_len: 32 -> 64"):
+        begin(existing, RECIPE, overwrite=False)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

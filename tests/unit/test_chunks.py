@@ -1,6 +1,8 @@
 """Chunks of texts, the chunk store, and documents on the grid of a model: compared with naive constructions from the texts."""
 
 import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ from retro.chunks import (
     save_array,
     write_documents,
 )
-from retro.errors import FormatError
+from retro.errors import FormatError, StorageError
 from retro.tokenizer import Tokenizer
 
 BYTES = Tokenizer.train(["any text"], 258)
@@ -235,6 +237,20 @@ def test_the_documents_are_plain_arrow(made: Made) -> None:
     expected = {name: getattr(made.documents[2], name) for name in ("key", "title", "url", "group", "split", "text")}
     assert {name: row[name] for name in expected} == expected
     assert row["group_hash"] == group_hash("shared")
+
+
+Limit = Callable[[int], AbstractContextManager[None]]
+
+
+def test_arrays_and_documents_that_do_not_fit_on_the_disk_leave_nothing_behind(
+    tmp_path: Path, file_limit: Limit
+) -> None:
+    large = document("a:1", "x" * 100_000)
+    with pytest.raises(StorageError, match="the disk is full"), file_limit(10_000):
+        save_array(tmp_path / "x.npy", np.zeros(10_000))
+    with pytest.raises(StorageError, match="the disk is full"), file_limit(10_000):
+        write_documents(tmp_path, 0, [large], np.array([[0, 0, 100_000]]), records=1)
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"00000.npy"}
 
 
 # On the grid of a model

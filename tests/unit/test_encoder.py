@@ -169,7 +169,7 @@ def test_the_fingerprint_changes_with_the_tokenizer(tiny: Encoder, tmp_path: Pat
     changed = shutil.copytree(tiny.name, tmp_path / "changed")
     content = json.loads((changed / "tokenizer.json").read_bytes())
     vocabulary = content["model"]["vocab"]
-    vocabulary["oil"], vocabulary["gas"] = vocabulary["gas"], vocabulary["oil"]
+    vocabulary["oil"], vocabulary["the"] = vocabulary["the"], vocabulary["oil"]
     (changed / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     assert Encoder.open(str(changed)).fingerprint != tiny.fingerprint
 
