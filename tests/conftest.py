@@ -313,7 +313,11 @@ def in_processes() -> Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]
     """
 
     def run(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(REPOSITORY)}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": str(REPOSITORY),
+        }
         done = subprocess.run(
             [sys.executable, "-c", _HARNESS],
             input=json.dumps(list(jobs)),

@@ -242,7 +242,10 @@ def test_an_encoder_that_is_not_there(retro: Run, corpus: Path, tmp_path: Path) 
     [
         (("--chunk-len", "1"), "chunk_len = 1: a chunk has at least 2 tokens"),
         (("--shard-chunks", "0"), "shard_chunks = 0: must be above 0"),
-        (("--index-type", "Nonsense"), "FAISS does not know the index type 'Nonsense' for 32 dimensions; examples: Flat"),
+        (
+            ("--index-type", "Nonsense"),
+            "FAISS does not know the index type 'Nonsense' for 32 dimensions; examples: Flat",
+        ),
         (("--index-type", "IVF1024,Flat"), "too few for the index type 'IVF1024,Flat': take a smaller one or auto"),
         (("--limit", "0"), "limit is 0; give at least 1"),
         (("--text-field", "id"), "they need three different names"),
@@ -323,7 +326,11 @@ def test_a_setting_of_training_data_that_cannot_work(
 def test_an_index_that_is_not_there_or_not_one(
     retro: Run, tokenizer_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    for command in (("search", tmp_path / "no.index", "oil"), ("info", tmp_path / "no.index"), ("verify", tmp_path / "no.index")):
+    for command in (
+        ("search", tmp_path / "no.index", "oil"),
+        ("info", tmp_path / "no.index"),
+        ("verify", tmp_path / "no.index"),
+    ):
         refused(retro("index", *command), "no.index is not there: an index of this name has not been made")
     refused(retro("index", "search", tokenizer_folder, "oil"), "has no manifest.json: it is not an index, or making it")
     refused(retro("index", "search", corpus, "oil"), f"{corpus} is not there")
@@ -473,7 +480,7 @@ def commands() -> list[tuple[str, ...]]:
     from retro.cli import app
 
     def below(group: Any, path: tuple[str, ...]) -> list[tuple[str, ...]]:
-        found = []
+        found: list[tuple[str, ...]] = []
         for name, command in group.commands.items():
             found += below(command, (*path, name)) if hasattr(command, "commands") else [(*path, name)]
         return found
@@ -492,4 +499,6 @@ def test_the_help_names_all_commands(retro: Run) -> None:
     outcome = retro("--help")
     for command in commands():
         assert re.search(rf"^ +{command[0]}\b", outcome.out, re.MULTILINE), command
-    assert {("index", "build"), ("index", "search"), ("index", "info"), ("index", "verify"), ("data",)} <= set(commands())
+    assert {("index", "build"), ("index", "search"), ("index", "info"), ("index", "verify"), ("data",)} <= set(
+        commands()
+    )

@@ -13,7 +13,7 @@ import pytest
 
 from index_builder.build import build_index, train_tokenizer, verify_index
 from index_builder.config import BuildConfig
-from index_builder.corpus import ReadOptions, read_documents
+from index_builder.corpus import ReadOptions, describe_corpora, read_documents
 from index_builder.encoder import Encoder
 from index_builder.index import VectorIndex
 from index_builder.search import INDEX_FILE, IndexRetriever
@@ -89,7 +89,7 @@ def test_the_manifest_says_what_is_there_and_how_it_was_made(
     assert {key: manifest[key] for key in expected} == expected
     assert manifest["index"]["factory"] == "Flat"
     assert manifest["index"]["metric"] == "inner product"
-    assert manifest["recipe"]["corpora"][0]["path"] == str(corpus)
+    assert manifest["recipe"]["corpora"] == describe_corpora([str(corpus)])
     assert manifest["recipe"]["config"]["shard_chunks"] == 50
     assert Tokenizer.load(str(tiny_index)).fingerprint == manifest["tokenizer_fingerprint"]
     listed = set(manifest["files"])
@@ -186,9 +186,7 @@ def test_rejected_records_are_counted_and_listed_wherever_they_stand(
     good: list[dict[str, Any]] = [{"id": number, "text": f"text {number}"} for number in range(4)]
     records: list[dict[str, Any] | str] = [BAD, good[0], good[1], BAD, {"text": ""}, good[2], good[3], BAD, BAD]
     corpus = write_corpus(tmp_path / "c.jsonl", records)
-    config = BuildConfig(
-        encoder=str(tiny_encoder), shard_chunks=shard_chunks, read=ReadOptions(on_error="skip")
-    )
+    config = BuildConfig(encoder=str(tiny_encoder), shard_chunks=shard_chunks, read=ReadOptions(on_error="skip"))
     manifest = build_index([str(corpus)], tmp_path / "x.index", config)
     listed = [json.loads(line) for line in (tmp_path / "x.index" / "rejects.jsonl").read_text().splitlines()]
     assert [(reject["file"], reject["line"]) for reject in listed] == [(str(corpus), n) for n in (1, 4, 5, 8, 9)]
@@ -252,7 +250,7 @@ def test_a_corpus_that_changed_is_refused(tiny_encoder: Path, tmp_path: Path) ->
     config = BuildConfig(encoder=str(tiny_encoder))
     build_index([str(corpus)], tmp_path / "x.index", config)
     write_corpus(corpus, [{"id": 1, "text": "oil and gas"}])
-    with pytest.raises(ConfigError, match="made differently .*corpora"):
+    with pytest.raises(ConfigError, match=r"made differently .*corpora"):
         build_index([str(corpus)], tmp_path / "x.index", config)
     build_index([str(corpus)], tmp_path / "x.index", config, overwrite=True)
     assert ChunkStore(tmp_path / "x.index").passage(0).text == "oil and gas"
@@ -265,7 +263,7 @@ def test_an_encoder_whose_weights_changed_is_refused(make_encoder: Callable[...,
     build_index([str(corpus)], tmp_path / "x.index", config)
     shutil.rmtree(tmp_path / "encoder")
     make_encoder(tmp_path / "encoder", seed=1)
-    with pytest.raises(ConfigError, match="made differently .*encoder_fingerprint: "):
+    with pytest.raises(ConfigError, match=r"made differently .*encoder_fingerprint: "):
         build_index([str(corpus)], tmp_path / "x.index", config)
 
 
@@ -304,7 +302,7 @@ def killed(
     """A build that is killed before each of its steps: its folder, and what happened."""
     folder = tmp_path_factory.mktemp("killed")
     short = [{**record, "text": record["text"][:200]} for record in paragraphs[:6]]
-    records = [*short[:1], BAD, *short[1:5], BAD, *short[5:]]
+    records: list[dict[str, Any] | str] = [*short[:1], BAD, *short[1:5], BAD, *short[5:]]
     corpus = write_corpus(folder / "c.jsonl", records)
     config = {
         "encoder": str(tiny_encoder),

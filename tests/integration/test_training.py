@@ -307,6 +307,7 @@ def run_killed(jobs: list[dict[str, Any]]) -> list[int]:
     return [int(line) for line in done.stdout.split()]
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_times_ends_with_the_same_weights(data: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"steps": 40, "save_every": 3, "eval_every": 20}
     expected = train(toy_run(data, tmp_path / "whole", **changes))

@@ -35,7 +35,7 @@ def finished(tmp_path: Path) -> Path:
 @pytest.fixture(params=["made", "begun"])
 def existing(request: pytest.FixtureRequest, finished: Path, tmp_path: Path) -> Path:
     """An artifact of RECIPE in both states; the name of its folder is the state."""
-    folder = tmp_path / request.param
+    folder = tmp_path / str(request.param)
     if request.param == "made":
         return finished.rename(folder)
     begin(folder, RECIPE, overwrite=False)
@@ -79,7 +79,12 @@ def test_a_file_is_flushed_to_the_disk_before_it_takes_its_place(
     path.write_bytes(b"old")
     at_sync: list[bytes] = []
     sync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (at_sync.append(path.read_bytes()), sync(descriptor)))
+
+    def watch(descriptor: int) -> None:
+        at_sync.append(path.read_bytes())
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watch)
     write_atomically(path, lambda file: file.write(b"new"))
     # The file while the old one is still there, then the folder, which holds its new name.
     assert at_sync == [b"old", b"new"]

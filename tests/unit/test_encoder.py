@@ -30,7 +30,8 @@ def by_hand(folder: Path, texts: list[str]) -> NDArray[np.float64]:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.BertModel.from_pretrained(folder).eval()
+    model: Any = transformers.BertModel.from_pretrained(folder)
+    model.eval()
     limit = json.loads((folder / "sentence_bert_config.json").read_bytes())["max_seq_length"]
     vectors = []
     with torch.no_grad():
@@ -57,7 +58,8 @@ def test_vectors_are_those_of_sentence_transformers(tiny: Encoder, prompted: Enc
     for encoder, texts in ((tiny, TEXTS), (prompted, [prompt + text for text in TEXTS])):
         expected = bare(Path(encoder.name)).encode(texts, show_progress_bar=False)
         vectors_QX = encoder.encode(TEXTS, role)
-        assert (vectors_QX.dtype, vectors_QX.shape) == (np.float32, (len(TEXTS), 32))
+        assert vectors_QX.dtype == np.float32
+        assert vectors_QX.shape == (len(TEXTS), 32)
         np.testing.assert_allclose(vectors_QX, expected, rtol=0, atol=1e-6)
 
 

@@ -52,7 +52,8 @@ def test_results_equal_brute_force(factory: str, normalized: bool) -> None:
     expected_scores, expected_rows = brute_force(vectors_NX, queries_QX, 10, normalized=normalized)
     np.testing.assert_array_equal(rows_QK, expected_rows)
     np.testing.assert_allclose(scores_QK, expected_scores, rtol=1e-4, atol=1e-5)
-    assert (rows_QK.dtype, scores_QK.dtype) == (np.int64, np.float32)
+    assert rows_QK.dtype == np.int64
+    assert scores_QK.dtype == np.float32
     assert index.metric == ("inner product" if normalized else "L2")
 
 
@@ -141,17 +142,14 @@ def test_an_unknown_kind_of_index_is_refused_with_examples(factory: str) -> None
     with pytest.raises(ConfigError) as caught:
         build(make_vectors(500, 12), factory)
     assert str(caught.value) == (
-        f"FAISS does not know the index type {factory!r} for 12 dimensions; "
-        "examples: Flat, IVF1024,Flat, IVF4096,SQ8"
+        f"FAISS does not know the index type {factory!r} for 12 dimensions; examples: Flat, IVF1024,Flat, IVF4096,SQ8"
     )
 
 
 def test_too_few_vectors_to_train_are_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         build(make_vectors(10, 4), "IVF16,Flat")
-    assert str(caught.value) == (
-        "10 vectors are too few for the index type 'IVF16,Flat': take a smaller one or auto"
-    )
+    assert str(caught.value) == ("10 vectors are too few for the index type 'IVF16,Flat': take a smaller one or auto")
 
 
 @pytest.mark.parametrize("factory", ["IVF8,SQ8", "HNSW16", "PCA4,IVF8,Flat", "SQ8", "PQ2x4"])

@@ -1,5 +1,6 @@
 """Tokenizers: nothing is lost, spans are whole characters, special tokens in a text are text, chunks decode to chunks."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def test_pieces_are_the_text_and_end_soon_after_their_size() -> None:
     parts = list(pieces(text))
     assert "".join(parts) == text
     # Between words stand either ", " or two spaces or "f a": only there a piece may end.
-    assert [part[-1] + following[:2] for part, following in zip(parts[:-1], parts[1:], strict=True)] == ["f a"] * 2
+    assert [part[-1] + following[:2] for part, following in itertools.pairwise(parts)] == ["f a"] * 2
     assert [len(part) - PIECE_CHARS < 11 for part in parts[:-1]] == [True, True]
 
 
