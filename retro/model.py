@@ -86,6 +86,18 @@ class Attention(nn.Module):
         return x_BTI.view(B, T, self.num_heads, inner // self.num_heads).transpose(1, 2)
 
 
+class Embedding(nn.Embedding):
+    """A table of tokens whose rows are multiplied by the square root of their width when they are looked up.
+
+    So a row that is small enough to be an output weight still outweighs what the first layers add to it.
+    Source: arXiv:1706.03762, section 3.4.
+    """
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        x_BTD: Tensor = super().forward(ids_BT)
+        return x_BTD * self.embedding_dim**0.5
+
+
 class FeedForward(nn.Module):
     """Two matrices with GELU between."""
 
@@ -264,7 +276,7 @@ class Retro(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.embedding = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(
             DecoderLayer(config, has_cca=number in config.cca_layers) for number in range(1, config.num_layers + 1)
         )
@@ -272,24 +284,23 @@ class Retro(nn.Module):
         self.encoder = NeighborEncoder(config) if config.cca_layers else None
         untied = not config.tie_embeddings
         self.encoder_embedding = (
-            nn.Embedding(config.vocab_size, config.encoder_dim) if untied and config.cca_layers else None
+            Embedding(config.vocab_size, config.encoder_dim) if untied and config.cca_layers else None
         )
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False) if untied else None
 
     def initialize(self, generator: torch.Generator) -> "Retro":
-        """Draws all weights.
+        """Draws all weights: normal with deviation 1 / sqrt(width of the input), a table's rows having their own width.
 
-        Matrices are normal with deviation 1 / sqrt(inputs), outputs of residual branches divided by sqrt(2 * layers) besides;
-        embeddings have deviation 0.02. A fixed 0.02 for all is too small at the widths used here: docs/decisions.md.
+        Outputs of residual branches are divided by sqrt(2 * layers) besides. A fixed deviation of 0.02, as is common, is too
+        small at the widths used here: docs/decisions.md.
         """
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 nn.init.ones_(parameter)
                 continue
-            layers = self.config.encoder_layers if name.startswith("encoder.") else self.config.num_layers
-            residual = name.endswith((".out.weight", ".down.weight"))
-            deviation = parameter.shape[1] ** -0.5 if "embedding" not in name else 0.02
-            if residual:
+            deviation = parameter.shape[1] ** -0.5
+            if name.endswith((".out.weight", ".down.weight")):
+                layers = self.config.encoder_layers if name.startswith("encoder.") else self.config.num_layers
                 deviation /= (2 * layers) ** 0.5
             nn.init.normal_(parameter, std=deviation, generator=generator)
         return self

@@ -16,6 +16,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+# Tests run beside each other, a thread each: spinning threads on shared cores cost more than they bring.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # On shared cores the time of one example says nothing.
 hypothesis.settings.register_profile("shared", deadline=None)

@@ -88,7 +88,7 @@ class Oracle:
         T = batch.inputs_BT.shape[1]
         slots = [t for t in range(T) if batch.keep_BT[row, t]]
         document = [int(batch.document_BL[row, t // M]) for t in range(T)]
-        table_VD = self.weights["embedding.weight"]
+        table_VD = self.weights["embedding.weight"] * math.sqrt(config.dim)
         x = {t: table_VD[int(batch.inputs_BT[row, t])] for t in slots}
         encoded: dict[int, list[list[Placed]]] = {}
         for number in range(1, config.num_layers + 1):
@@ -121,6 +121,7 @@ class Oracle:
     def _encode_chunk(self, batch: "Batch", row: int, u: int, x: dict[int, FloatArray]) -> list[list[Placed]]:
         M = self.config.chunk_len
         table_VE = self.weights["embedding.weight" if self.config.tie_embeddings else "encoder_embedding.weight"]
+        table_VE = table_VE * math.sqrt(self.config.encoder_dim)
         ids_KR, keep_KR = batch.neighbors_BLKR[row, u], batch.keep_BLKR[row, u]
         K, R = ids_KR.shape
         neighbors = [[(r, table_VE[int(ids_KR[k, r])]) for r in range(R) if keep_KR[k, r]] for k in range(K)]
@@ -240,7 +241,7 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
             if parameter.ndim == 1:
                 parameter.copy_(1 + 0.3 * noise)
             elif "embedding" in name:
-                parameter.copy_(noise)
+                parameter.copy_(noise / parameter.shape[1] ** 0.5)
             else:
                 parameter.copy_(noise * 1.3 / parameter.shape[1] ** 0.5)
 

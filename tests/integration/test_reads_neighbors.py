@@ -81,10 +81,19 @@ class World:
         return list(facts.values())
 
     def training_item(self, passages: int) -> QuestionItem:
-        facts = self.distinct(passages, self.keys)
-        asked = facts[0]
-        self.random.shuffle(facts)
-        return QuestionItem(asked.question, asked.value, [f.source for f in facts])
+        """A fact among hard distractors: each says the same of another, or something else of the same."""
+        facts = {(fact := self.distinct(1, self.keys)[0])[:2]: fact}
+        while len(facts) < passages:
+            other = self.fact()
+            if self.random.random() < 0.75:
+                other = other._replace(relation=fact.relation)
+            elif other.value != fact.entity:
+                other = other._replace(entity=fact.entity)
+            if other[:2] not in self.keys:
+                facts.setdefault(other[:2], other)
+        shuffled = list(facts.values())
+        self.random.shuffle(shuffled)
+        return QuestionItem(fact.question, fact.value, [f.source for f in shuffled])
 
 
 def accuracy(model: Retro, tokenizer: Tokenizer, items: Sequence[QuestionItem]) -> float:

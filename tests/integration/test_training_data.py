@@ -23,7 +23,7 @@ from retro.errors import ConfigError, FormatError
 from retro.tokenizer import Tokenizer
 
 FolderBytes = Callable[[Path], dict[str, bytes]]
-M, K, R = 16, 3, 24
+M, K, R = 16, 3, 80  # a chunk of the index is some 60 tokens here, so that R cuts inside the continuation
 CONFIG = DataConfig(
     num_neighbors=K, neighbor_len=R, chunk_len=M, shard_chunks=100, valid_share=0.2, test_share=0.2, seed=3
 )

@@ -114,7 +114,7 @@ def test_encoder_alone_equals_the_oracle() -> None:
     keep_NM[1] = False
     with torch.no_grad():
         encoded_NKRE = model.encode(near, hidden_NMD, keep_NM)
-    table_VE = oracle.weights["encoder_embedding.weight"]
+    table_VE = oracle.weights["encoder_embedding.weight"] * config.encoder_dim**0.5
     expected_NKRE = torch.zeros(N, K, R, config.encoder_dim, dtype=torch.float64)
     for n in range(N):
         neighbors = [
@@ -619,7 +619,7 @@ def test_initialization_draws_the_documented_deviations() -> None:
         if weight.ndim == 1:
             assert (weight == 1).all(), name
             continue
-        deviation = 0.02 if "embedding" in name else weight.shape[1] ** -0.5
+        deviation = weight.shape[1] ** -0.5
         if name.endswith((".out.weight", ".down.weight")):
             layers = config.encoder_layers if name.startswith("encoder.") else config.num_layers
             deviation /= (2 * layers) ** 0.5

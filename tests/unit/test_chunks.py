@@ -123,6 +123,14 @@ def test_the_last_chunk_of_a_document_has_no_continuation(made: Made) -> None:
     assert [made.store.passage(row).text for row in ends] == ["e", "x", "xt", "5678", "end"]
 
 
+def test_a_continuation_ends_with_the_document_also_where_its_tokens_end_earlier(tmp_path: Path) -> None:
+    # As with a tokenizer that drops white space: the last chunk of the first document ends before the text does.
+    documents = [document("a:1", "one two   \n"), document("a:2", "a longer text")]
+    write_documents(tmp_path, 0, documents, np.array([[0, 0, 3], [0, 4, 7], [1, 0, 13]], np.int64), records=2)
+    store = ChunkStore(tmp_path)
+    assert [store.passage(row).continuation for row in range(3)] == [" two", "", ""]
+
+
 def test_a_missing_neighbor_is_not_the_last_row(made: Made) -> None:
     for row in (-1, -2, len(made.rows), 10**12):
         with pytest.raises(IndexError, match=rf"row {row} is not in \[0, {len(made.rows)}\)"):
