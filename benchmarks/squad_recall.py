@@ -46,7 +46,9 @@ def main() -> None:
     print(f"{recall.num_questions:,} questions, {retriever.store.num_chunks:,} chunks, {seconds:.0f} s")
     print("answer string among the first   " + "".join(f"{k:>8}" for k in recall.chunk))
     print("chunks                          " + "".join(f"{100 * v:7.1f}%" for v in recall.chunk.values()))
-    print("chunks with continuation        " + "".join(f"{100 * v:7.1f}%" for v in recall.chunk_and_continuation.values()))
+    print(
+        "chunks with continuation        " + "".join(f"{100 * v:7.1f}%" for v in recall.chunk_and_continuation.values())
+    )
 
 
 if __name__ == "__main__":

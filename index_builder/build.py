@@ -15,7 +15,7 @@ from index_builder.encoder import Encoder
 from index_builder.index import VectorIndex, plan_index
 from index_builder.search import INDEX_FILE
 from index_builder.shards import count_rejects, read_shards
-from retro.artifact import MANIFEST, begin, find_damage, finish, read_json, read_manifest, write_json, writing
+from retro.artifact import MANIFEST, begin, find_damage, finish, open_manifest, read_json, write_json, writing
 from retro.chunks import ChunkStore, Document, Int64s, chunk_spans, load_array, save_array, shard_path, write_documents
 from retro.tokenizer import Tokenizer
 
@@ -68,7 +68,7 @@ def build_index(
         "tokenizer_fingerprint": tokenizer.fingerprint,
     }
     with writing(folder):
-        if begin(folder, recipe, overwrite=overwrite):
+        if begin(folder, "index", recipe, overwrite=overwrite):
             logger.info("%s is there already, made by the same settings", folder)
             manifest: dict[str, Any] = read_json(folder / MANIFEST)
             return manifest
@@ -117,7 +117,7 @@ def train_tokenizer(
                 progress("read", number, None)
 
     with writing(out):
-        if not begin(out, recipe, overwrite=overwrite):
+        if not begin(out, "tokenizer", recipe, overwrite=overwrite):
             tokenizer = Tokenizer.train(texts(), vocab_size)
             tokenizer.save(out)
             finish(out, "tokenizer", recipe, {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size})
@@ -130,9 +130,7 @@ def verify_index(folder: Path) -> list[str]:
     Raises:
         FormatError: There is no finished index.
     """
-    if not (folder / MANIFEST).is_file():
-        read_manifest(folder, "index")
-    return list(find_damage(folder, read_json(folder / MANIFEST)))
+    return list(find_damage(folder, open_manifest(folder, "index")))
 
 
 def _read(

@@ -76,9 +76,10 @@ class Encoder:
             model = sentence_transformers.SentenceTransformer(
                 source, revision=revision, device=device, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # the libraries raise nearly everything
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise ConfigError(
-                f"cannot load the encoder {name!r}: {str(error).splitlines()[0]}. Give a folder with a "
+                f"cannot load the encoder {name!r}: {reason}. Give a folder with a "
                 "sentence-transformers model, or a name that the Hugging Face hub knows"
             ) from error
         return cls(model, name, revision, batch_size)
@@ -140,12 +141,22 @@ class Encoder:
         backend = getattr(self._model.tokenizer, "backend_tokenizer", None)
         settings = {
             "tokenizer": None if backend is None else Tokenizer.wrap(backend).fingerprint,
-            "modules": [type(module).__name__ for module in self._model],
+            "modules": [_settings(module) for module in self._model],
             "prompts": self.prompts,
             "max_length": self.max_length,
         }
         digest.update(json.dumps(settings, sort_keys=True).encode())
         return digest.hexdigest()[:16]
+
+
+_SETTINGS = ("model_type", "hidden_act", "num_attention_heads", "layer_norm_eps", "position_embedding_type")
+
+
+def _settings(module: Any) -> list[Any]:
+    """What shapes a module's output besides its weights."""
+    config = getattr(getattr(module, "auto_model", None), "config", None)
+    own = [str(getattr(module, name, None)) for name in ("pooling_mode", "include_prompt", "activation_function")]
+    return [type(module).__name__, *own, *(getattr(config, name, None) for name in _SETTINGS)]
 
 
 def _bytes_dtype() -> Any:

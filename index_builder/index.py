@@ -127,16 +127,24 @@ class VectorIndex:
         return int(self._index.ntotal)
 
     @property
+    def has_lists(self) -> bool:
+        """Whether a search looks at the nearest inverted lists only."""
+        return type(self._index).__name__.startswith("IndexIVF")
+
+    @property
     def dim(self) -> int:
         """X."""
         return int(self._index.d)
 
-    def search(self, vectors_QX: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(
+        self, vectors_QX: NDArray[np.float32], k: int, *, all_lists: bool = False
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The best rows.
 
         Args:
             vectors_QX: Queries.
             k: How many.
+            all_lists: Search all inverted lists, not only the nearest.
 
         Returns:
             Scores and rows [Q, k], best first; a score is the inner product, or minus the squared distance. Where fewer than k
@@ -144,7 +152,11 @@ class VectorIndex:
         """
         if len(vectors_QX) == 0:
             return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
-        scores_QK, rows_QK = self._index.search(np.ascontiguousarray(vectors_QX, np.float32), k)
+        params = None
+        if all_lists and self.has_lists:
+            faiss = _faiss()
+            params = faiss.SearchParametersIVF(nprobe=faiss.extract_index_ivf(self._index).nlist)
+        scores_QK, rows_QK = self._index.search(np.ascontiguousarray(vectors_QX, np.float32), k, params=params)
         if self.metric == "L2":
             scores_QK = -scores_QK
         scores_QK[rows_QK < 0] = -np.inf

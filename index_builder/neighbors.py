@@ -67,7 +67,7 @@ def build_training_data(
         "index_fingerprint": retriever.fingerprint,
     }
     with writing(out):
-        if begin(out, recipe, overwrite=overwrite):
+        if begin(out, TrainingData.KIND, recipe, overwrite=overwrite):
             logger.info("%s is there already, made by the same settings", out)
             manifest: dict[str, Any] = read_json(out / "manifest.json")
             return manifest

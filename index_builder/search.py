@@ -48,7 +48,8 @@ def find_neighbors(
     pending = np.arange(Q)
     fetch = min(k + (OVER_FETCH if excluded_QG is not None else 0), len(index))
     while len(pending):
-        found_scores, found_rows = index.search(vectors_QX[pending], fetch)
+        # What fills all the lists that are searched at first must not hide the others.
+        found_scores, found_rows = index.search(vectors_QX[pending], fetch, all_lists=fetch == len(index))
         keep = found_rows >= 0
         if excluded_QG is not None:
             groups = store.groups(np.maximum(found_rows, 0))
@@ -131,6 +132,8 @@ class IndexRetriever:
                 raise ConfigError("the question is empty" if role == "query" else "a query is empty")
         excluded_QG = None
         if exclude is not None:
+            if len(exclude) != len(queries):
+                raise ConfigError(f"exclude is for {len(exclude)} queries, there are {len(queries)}: give one for each")
             width = max((len(groups) for groups in exclude), default=0)
             excluded_QG = np.zeros((len(queries), width), np.uint64)
             for row, groups in enumerate(exclude):

@@ -44,7 +44,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -120,6 +120,19 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     Raises:
         FormatError: There is no such folder, it is unfinished, of another kind or version, truncated or altered.
     """
+    manifest = open_manifest(folder, kind)
+    problems = list(find_damage(folder, manifest, hash_up_to=HASHED_ON_OPEN))
+    if problems:
+        raise FormatError(f"{folder} is damaged: {'; '.join(problems[:3])}. Make it again (--overwrite)")
+    return manifest
+
+
+def open_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """The manifest of an artifact, whose files are not looked at.
+
+    Raises:
+        FormatError: There is no such folder, it is unfinished, of another kind or version.
+    """
     if not folder.is_dir():
         raise FormatError(f"{folder} is not there: {_article(kind)} of this name has not been made")
     if not (folder / MANIFEST).is_file():
@@ -137,9 +150,6 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
             f"{folder} has format version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}: "
             "make it again with this version"
         )
-    problems = list(find_damage(folder, manifest, hash_up_to=HASHED_ON_OPEN))
-    if problems:
-        raise FormatError(f"{folder} is damaged: {'; '.join(problems[:3])}. Make it again (--overwrite)")
     return manifest
 
 
@@ -183,7 +193,7 @@ def writing(folder: Path) -> Iterator[None]:
         yield
 
 
-def begin(folder: Path, recipe: dict[str, Any], *, overwrite: bool) -> bool:
+def begin(folder: Path, kind: str, recipe: dict[str, Any], *, overwrite: bool) -> bool:
     """Starts or continues making an artifact from `recipe` (plain data: configuration, inputs).
 
     Returns:
@@ -193,6 +203,10 @@ def begin(folder: Path, recipe: dict[str, Any], *, overwrite: bool) -> bool:
         ConfigError: It was made, or begun, by another recipe; the message shows the differences.
     """
     recipe = json.loads(json.dumps(recipe))
+    if _is_foreign(folder):
+        raise ConfigError(f"{folder} exists and was not made by this program: choose another --out")
+    if (other := _kind(folder)) not in (None, kind):
+        raise ConfigError(f"{folder} is {_article(str(other))}, not {_article(kind)}: choose another --out")
     if overwrite:
         _clear(folder)
     finished = (folder / MANIFEST).is_file()
@@ -200,9 +214,7 @@ def begin(folder: Path, recipe: dict[str, Any], *, overwrite: bool) -> bool:
     if finished:
         previous = read_json(folder / MANIFEST).get("recipe")
     elif (folder / UNFINISHED).is_file():
-        previous = read_json(folder / UNFINISHED)
-    elif any(_content(folder)):
-        raise ConfigError(f"{folder} exists and was not made by this program: choose another --out")
+        previous = read_json(folder / UNFINISHED)["recipe"]
     if previous is not None and previous != recipe:
         differences = "; ".join(differing(previous, recipe))
         raise ConfigError(
@@ -211,19 +223,52 @@ def begin(folder: Path, recipe: dict[str, Any], *, overwrite: bool) -> bool:
         )
     if finished:
         (folder / UNFINISHED).unlink(missing_ok=True)  # killed between the last two steps of `finish`
-        read_manifest(folder, read_json(folder / MANIFEST).get("kind", ""))
+        read_manifest(folder, kind)
         return True
     remove_temporaries(folder)
-    write_json(folder / UNFINISHED, recipe)
+    _mark_unfinished(folder, kind, recipe)
     return False
 
 
+def reopen(folder: Path, kind: str, recipe: dict[str, Any]) -> None:
+    """Makes a finished artifact an unfinished one again, in an order that a kill cannot break."""
+    _mark_unfinished(folder, kind, recipe)
+    (folder / MANIFEST).unlink()
+
+
+def _mark_unfinished(folder: Path, kind: str, recipe: dict[str, Any]) -> None:
+    write_json(folder / UNFINISHED, {"format_version": FORMAT_VERSION, "kind": kind, "recipe": recipe})
+
+
+def _kind(folder: Path) -> str | None:
+    """What an artifact is or will be; None where there is none yet."""
+    for name in (MANIFEST, UNFINISHED):
+        if (folder / name).is_file():
+            with contextlib.suppress(FormatError):
+                return str(read_json(folder / name)["kind"])
+    return None
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether a folder holds something that this program did not put there; a file's name alone is no proof."""
+    ours = {".lock", UNFINISHED + TEMPORARY}
+    if not folder.is_dir() or all(path.name in ours for path in folder.iterdir()):
+        return False
+    for name, keys in (
+        (MANIFEST, {"format_version", "kind", "files"}),
+        (UNFINISHED, {"format_version", "kind", "recipe"}),
+    ):
+        with contextlib.suppress(FormatError):
+            content = read_json(folder / name)
+            if isinstance(content, dict) and keys <= set(content):
+                return False
+    return True
+
+
 def _clear(folder: Path) -> None:
-    """Empties the folder of an artifact, finished or not; refuses one that holds something else."""
-    if not folder.is_dir() or not any(_content(folder)):
+    """Empties the folder of an artifact, finished or not."""
+    if not folder.is_dir():
         return
-    if not (folder / MANIFEST).is_file() and not (folder / UNFINISHED).is_file():
-        raise ConfigError(f"{folder} exists and was not made by this program: choose another --out")
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in sorted(folder.iterdir()):
         if path.name not in (".lock", UNFINISHED):
@@ -261,7 +306,7 @@ def _content(folder: Path) -> Iterable[Path]:
     )
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

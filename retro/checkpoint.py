@@ -34,6 +34,7 @@ from retro.artifact import (
     read_manifest,
     sha256,
     storage_error,
+    sync_folder,
     write_atomically,
     write_json,
 )
@@ -245,7 +246,7 @@ def save_training(
         if place.exists():
             shutil.rmtree(place)  # a damaged one of the same step, that training went back before
         temporary.rename(place)
-        _sync(place.parent)
+        sync_folder(place.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             shutil.rmtree(temporary)
@@ -338,11 +339,3 @@ def _write_through(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

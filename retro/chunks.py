@@ -127,7 +127,14 @@ def write_documents(folder: Path, number: int, documents: Sequence[Document], ch
 
 def save_array(path: Path, array: NDArray[Any]) -> None:
     """One .npy file, atomically."""
-    write_atomically(path, lambda file: np.save(file, array, allow_pickle=False))
+    array = np.ascontiguousarray(array).reshape(array.shape)
+
+    def write(file: Any) -> None:
+        # Not np.save, whose error on a full disk does not say that the disk is full.
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
+
+    write_atomically(path, write)
 
 
 def load_array(path: Path) -> NDArray[Any]:

@@ -289,7 +289,7 @@ def _parsed(text: str) -> Any:
         return text
 
 
-def _converted(value: Any, hint: Any, where: str) -> Any:
+def _converted(value: Any, hint: Any, where: str) -> Any:  # noqa: PLR0911
     """Checks a plain value against a field's type; widens int to float and list to tuple."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from retro import artifact
 from retro.checkpoint import (
+    KIND,
     TrainingState,
     load_training,
     prune_training,
@@ -308,16 +309,15 @@ def train(run: RunConfig, *, overwrite: bool = False, progress: Callable[[Progre
     parts = setup(run)
     out, steps = Path(run.train.out), run.train.steps
     with artifact.writing(out):
-        finished = artifact.begin(out, parts.recipe, overwrite=overwrite)
+        finished = artifact.begin(out, KIND, parts.recipe, overwrite=overwrite)
         state = load_training(out, parts.model, parts.optimizer) or TrainingState()
         if state.step > steps:
             raise ConfigError(f"{out} has had {state.step} steps already: set train.steps to that or more")
         if finished and state.step == steps:
             logger.info("%s is finished: %d steps", out, steps)
             return out
-        if finished:  # more steps are asked for: unfinished again, in an order that a kill cannot break
-            artifact.write_json(out / artifact.UNFINISHED, parts.recipe)
-            (out / artifact.MANIFEST).unlink()
+        if finished:  # more steps are asked for
+            artifact.reopen(out, KIND, parts.recipe)
         if state.step:
             logger.info("going on with %s after step %d of %d", out, state.step, steps)
         metrics = Metrics(out, state.step)

@@ -132,7 +132,7 @@ def make_training_data(
         neighbor_lengths=np.array([len(ids) for ids in neighbors], np.int32),
     )
     recipe = {"made by": "tests"}
-    artifact.begin(folder, recipe, overwrite=False)
+    artifact.begin(folder, TrainingData.KIND, recipe, overwrite=False)
     tokenizer.save(folder)
     where = arrays.folders()
     for field in fields(arrays):

@@ -170,9 +170,7 @@ def test_facts_that_are_only_in_the_index_are_read_from_four_passages(tmp_path: 
     model = trained(world, tokenizer)
 
     corpus = tmp_path / "facts.jsonl"
-    rows = [
-        {"id": i, "title": f.entity, "text": f.sentence, "answer": f.value} for i, f in enumerate(world.held_out)
-    ]
+    rows = [{"id": i, "title": f.entity, "text": f.sentence, "answer": f.value} for i, f in enumerate(world.held_out)]
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
     build_index([str(corpus)], tmp_path / "facts.index")
     retriever = IndexRetriever.open(tmp_path / "facts.index")

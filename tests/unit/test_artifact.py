@@ -25,7 +25,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def finished(tmp_path: Path) -> Path:
     """A small artifact with two files."""
     folder = tmp_path / "wiki.index"
-    assert not begin(folder, RECIPE, overwrite=False)
+    assert not begin(folder, "index", RECIPE, overwrite=False)
     write_atomically(folder / "vectors" / "00000.npy", lambda file: file.write(b"0123456789"))
     write_atomically(folder / "tokenizer.json", lambda file: file.write(b"{}"))
     finish(folder, "index", RECIPE, {"chunks": 3})
@@ -38,7 +38,7 @@ def existing(request: pytest.FixtureRequest, finished: Path, tmp_path: Path) -> 
     folder = tmp_path / str(request.param)
     if request.param == "made":
         return finished.rename(folder)
-    begin(folder, RECIPE, overwrite=False)
+    begin(folder, "index", RECIPE, overwrite=False)
     write_atomically(folder / "vectors" / "00000.npy", lambda file: file.write(b"0123456789"))
     return folder
 
@@ -175,7 +175,7 @@ def test_a_manifest_lists_size_and_checksum_of_every_file(finished: Path) -> Non
 
 def test_the_manifest_is_written_last_and_ends_the_unfinished_state(tmp_path: Path) -> None:
     folder = tmp_path / "x"
-    begin(folder, RECIPE, overwrite=False)
+    begin(folder, "index", RECIPE, overwrite=False)
     (folder / "data").write_bytes(b"1")
     assert set(files_of(folder)) == {"build.json", "data"}
     with pytest.raises(FormatError, match="interrupted"):
@@ -189,7 +189,7 @@ def test_a_manifest_that_cannot_be_written_leaves_an_unfinished_artifact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "x"
-    begin(folder, RECIPE, overwrite=False)
+    begin(folder, "index", RECIPE, overwrite=False)
     (folder / "data").write_bytes(b"1")
 
     def full(descriptor: int) -> None:
@@ -200,7 +200,7 @@ def test_a_manifest_that_cannot_be_written_leaves_an_unfinished_artifact(
         with pytest.raises(StorageError):
             finish(folder, "index", RECIPE, {})
     assert set(files_of(folder)) == {"build.json", "data"}
-    assert not begin(folder, RECIPE, overwrite=False)
+    assert not begin(folder, "index", RECIPE, overwrite=False)
     finish(folder, "index", RECIPE, {})
     read_manifest(folder, "index")
 
@@ -277,37 +277,37 @@ def test_every_damaged_file_is_found(finished: Path) -> None:
 
 def test_an_unfinished_artifact_of_the_same_recipe_is_continued(tmp_path: Path) -> None:
     folder = tmp_path / "x"
-    assert not begin(folder, RECIPE, overwrite=False)
+    assert not begin(folder, "index", RECIPE, overwrite=False)
     (folder / "shards").mkdir()
     (folder / "shards" / "00000.npy").write_bytes(b"finished")
     (folder / "shards" / "00001.npy.tmp").write_bytes(b"half")
-    assert not begin(folder, RECIPE, overwrite=False)
+    assert not begin(folder, "index", RECIPE, overwrite=False)
     assert set(files_of(folder)) == {"build.json", "shards/00000.npy"}
 
 
 def test_a_finished_artifact_of_the_same_recipe_is_left_alone(finished: Path) -> None:
     before = files_of(finished)
-    assert begin(finished, RECIPE, overwrite=False)
+    assert begin(finished, "index", RECIPE, overwrite=False)
     assert files_of(finished) == before
 
 
 def test_a_finished_artifact_that_was_damaged_is_not_taken_for_finished(finished: Path) -> None:
     (finished / "tokenizer.json").write_bytes(b"[]")
     with pytest.raises(FormatError, match="altered"):
-        begin(finished, RECIPE, overwrite=False)
+        begin(finished, "index", RECIPE, overwrite=False)
 
 
 def test_a_recipe_is_the_same_as_its_json(finished: Path) -> None:
-    assert begin(finished, {**RECIPE, "corpora": ("a.jsonl",)}, overwrite=False)
+    assert begin(finished, "index", {**RECIPE, "corpora": ("a.jsonl",)}, overwrite=False)
 
 
 def test_a_kill_between_the_manifest_and_the_end_leaves_no_trace(tmp_path: Path) -> None:
     folder = tmp_path / "x"
-    begin(folder, RECIPE, overwrite=False)
+    begin(folder, "index", RECIPE, overwrite=False)
     unfinished = (folder / "build.json").read_bytes()
     finish(folder, "index", RECIPE, {})
     (folder / "build.json").write_bytes(unfinished)
-    assert begin(folder, RECIPE, overwrite=False)
+    assert begin(folder, "index", RECIPE, overwrite=False)
     assert set(files_of(folder)) == {"manifest.json"}
 
 
@@ -315,7 +315,7 @@ def test_another_recipe_is_refused_with_the_differences(existing: Path) -> None:
     before = files_of(existing)
     other = {"config": {"chunk_len": 32, "seed": 0}, "corpora": ["b.jsonl"], "new": True}
     with pytest.raises(ConfigError) as caught:
-        begin(existing, other, overwrite=False)
+        begin(existing, "index", other, overwrite=False)
     assert str(caught.value) == (
         f'{existing} was {existing.name} differently (config.chunk_len: 64 -> 32; corpora: ["a.jsonl"] -> ["b.jsonl"]; '
         "new: null -> true). Use the same settings to go on, --overwrite to start again, or another --out"
@@ -331,17 +331,17 @@ def test_equal_data_has_no_differences_and_long_values_are_cut() -> None:
 
 def test_overwriting_starts_from_nothing(existing: Path) -> None:
     other = {"config": {"chunk_len": 32}}
-    assert not begin(existing, other, overwrite=True)
+    assert not begin(existing, "index", other, overwrite=True)
     assert set(files_of(existing)) == {"build.json"}
-    assert not begin(existing, other, overwrite=False)
+    assert not begin(existing, "index", other, overwrite=False)
     with pytest.raises(ConfigError, match=r"begun differently \(config\.chunk_len: 32 -> 64"):
-        begin(existing, RECIPE, overwrite=False)
+        begin(existing, "index", RECIPE, overwrite=False)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_empty_folder_is_used(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "x").mkdir()
-    assert not begin(tmp_path / "x", RECIPE, overwrite=overwrite)
+    assert not begin(tmp_path / "x", "index", RECIPE, overwrite=overwrite)
 
 
 FOREIGN: dict[str, dict[str, bytes]] = {
@@ -367,7 +367,7 @@ def test_a_foreign_folder_is_refused_and_nothing_in_it_is_touched(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     with pytest.raises(ConfigError, match=r"mine exists and was not made by this program: choose another --out"):
-        begin(folder, RECIPE, overwrite=overwrite)
+        begin(folder, "index", RECIPE, overwrite=overwrite)
     assert files_of(folder) == content
 
 
@@ -416,3 +416,11 @@ def test_a_lock_does_not_outlive_an_error(tmp_path: Path) -> None:
         fail()
     with writing(tmp_path / "x"):
         pass
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_artifact_of_another_kind_is_refused_and_kept(existing: Path, overwrite: bool) -> None:
+    before = files_of(existing)
+    with pytest.raises(ConfigError, match="is an index, not a model: choose another --out"):
+        begin(existing, "model", RECIPE, overwrite=overwrite)
+    assert files_of(existing) == before
