@@ -16,6 +16,8 @@ from retro.generate import Role
 
 logger = logging.getLogger(__name__)
 INDEX_FILE = "index/vectors.faiss"
+CANDIDATES = 1 << 22
+"""Rows looked at in one go, over all queries: bounds memory where one group is very large."""
 OVER_FETCH = 8
 """Rows fetched beyond k at first, because some will be excluded."""
 
@@ -48,20 +50,24 @@ def find_neighbors(
     pending = np.arange(Q)
     fetch = min(k + (OVER_FETCH if excluded_QG is not None else 0), len(index))
     while len(pending):
-        # What fills all the lists that are searched at first must not hide the others.
-        found_scores, found_rows = index.search(vectors_QX[pending], fetch, all_lists=fetch == len(index))
-        keep = found_rows >= 0
-        if excluded_QG is not None:
-            groups = store.groups(np.maximum(found_rows, 0))
-            keep &= ~(groups[:, :, None] == excluded_QG[pending][:, None, :]).any(axis=2)
-        order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
-        kept = np.take_along_axis(keep, order, axis=1)
-        width = order.shape[1]
-        scores_QK[pending, :width] = np.where(kept, np.take_along_axis(found_scores, order, axis=1), -np.inf)
-        rows_QK[pending, :width] = np.where(kept, np.take_along_axis(found_rows, order, axis=1), -1)
+        short = []
+        block = max(1, CANDIDATES // fetch)
+        for few in np.split(pending, range(block, len(pending), block)):
+            # What fills all the lists that are searched at first must not hide the others.
+            found_scores, found_rows = index.search(vectors_QX[few], fetch, all_lists=fetch == len(index))
+            keep = found_rows >= 0
+            if excluded_QG is not None:
+                groups = store.groups(np.maximum(found_rows, 0))
+                keep &= ~(groups[:, :, None] == excluded_QG[few][:, None, :]).any(axis=2)
+            order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
+            kept = np.take_along_axis(keep, order, axis=1)
+            width = order.shape[1]
+            scores_QK[few, :width] = np.where(kept, np.take_along_axis(found_scores, order, axis=1), -np.inf)
+            rows_QK[few, :width] = np.where(kept, np.take_along_axis(found_rows, order, axis=1), -1)
+            short.append(few[keep.sum(axis=1) < k])
         if fetch == len(index):
             break
-        pending = pending[keep.sum(axis=1) < k]
+        pending = np.concatenate(short)
         fetch = min(fetch * 4, len(index))
     return scores_QK, rows_QK
 

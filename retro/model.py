@@ -291,14 +291,16 @@ class Retro(nn.Module):
     def initialize(self, generator: torch.Generator) -> "Retro":
         """Draws all weights: normal with deviation 1 / sqrt(width of the input), a table's rows having their own width.
 
-        Outputs of residual branches are divided by sqrt(2 * layers) besides. A fixed deviation of 0.02, as is common, is too
-        small at the widths used here: docs/decisions.md.
+        Outputs of residual branches are divided by sqrt(2 * layers) besides; queries and keys have at most 0.02, so that attention
+        begins nearly uniform. What a fixed 0.02 for everything costs at the widths used here: docs/decisions.md.
         """
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 nn.init.ones_(parameter)
                 continue
             deviation = parameter.shape[1] ** -0.5
+            if name.endswith((".q.weight", ".k.weight")):
+                deviation = min(deviation, 0.02)
             if name.endswith((".out.weight", ".down.weight")):
                 layers = self.config.encoder_layers if name.startswith("encoder.") else self.config.num_layers
                 deviation /= (2 * layers) ** 0.5

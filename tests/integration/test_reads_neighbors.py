@@ -5,6 +5,7 @@ with four passages it stays at chance for a long time.
 """
 
 import json
+import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,9 @@ from retro.model import Retro
 from retro.tokenizer import Tokenizer
 from retro.train import make_optimizer, train_step
 
+logger = logging.getLogger(__name__)
 PASSAGES = 4
+NAMES = 100
 CHUNK_LEN, NEIGHBOR_LEN = 16, 28
 RELATIONS = (
     ("What is the capital of {e}?", "The capital of {e} is {v}."),
@@ -64,7 +67,7 @@ class World:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.names = names(self.random, 400)
+        self.names = names(self.random, NAMES)
         self.held_out = self.distinct(200, frozenset())
         self.keys = frozenset((f.entity, f.relation) for f in self.held_out)
 
@@ -145,14 +148,14 @@ def trained(world: World, tokenizer: Tokenizer) -> Retro:
             optimizer,
             batch,
             micro_batch_size=64,
-            rate=2e-3 * min(1, step / 30),
+            rate=1e-3 * min(1, step / 30),
             grad_clip=1.0,
             dtype=torch.float32,
         )
         if step % 50 == 0:
             fresh = [world.training_item(passages) for _ in range(128)]
             score = accuracy(model, tokenizer, fresh)
-            print(step, passages, score, flush=True)
+            logger.info("step %d: %d passages, accuracy %.3f", step, passages, score)
             if passages < PASSAGES and score >= 0.9:
                 passages *= 2
             elif passages == PASSAGES and score >= 0.98:
@@ -181,7 +184,6 @@ def test_facts_that_are_only_in_the_index_are_read_from_four_passages(tmp_path: 
         for f, near in zip(world.held_out, found, strict=True)
     ]
     retrieved = sum(any(p.text == f.sentence for p in near) for f, near in zip(world.held_out, found, strict=True))
-    print(f"retrieved {retrieved} of {len(items)}")
     on = accuracy(model, tokenizer, items)
     off = accuracy(model, tokenizer, closed_book(items))
     moved = items[1:] + items[:1]
@@ -191,11 +193,11 @@ def test_facts_that_are_only_in_the_index_are_read_from_four_passages(tmp_path: 
         if not any(own.answer in source for source in other.sources)
     ]
     shuffled = accuracy(model, tokenizer, shuffled_items)
-    print(f"on {on:.3f} off {off:.3f} shuffled {shuffled:.3f}")
+    logger.info("found %d of %d; on %.3f, off %.3f, shuffled %.3f", retrieved, len(items), on, off, shuffled)
     assert on >= 0.95
-    # Chance is one name in 400; three of 200 is far beyond what chance gives.
-    assert off <= 0.015
-    assert shuffled <= 0.015
+    # Chance is one name in 100: two of 200 are expected, eight or more happen by chance once in a thousand times.
+    assert off < 0.04
+    assert shuffled < 0.04
 
     answered = ask(
         model,
