@@ -14,6 +14,7 @@ an empty slot, zeroed at the embedding, stays exactly zero through every layer.
 The network knows nothing of files, text, search or devices.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -95,7 +96,7 @@ class Embedding(nn.Embedding):
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         x_BTD: Tensor = super().forward(ids_BT)
-        return x_BTD * self.embedding_dim**0.5
+        return x_BTD * math.sqrt(self.embedding_dim)
 
 
 class FeedForward(nn.Module):
