@@ -25,6 +25,7 @@ from retro.train import make_optimizer, train_step
 logger = logging.getLogger(__name__)
 PASSAGES = 4
 NAMES = 100
+DECAY_STEPS = 300
 CHUNK_LEN, NEIGHBOR_LEN = 16, 28
 RELATIONS = (
     ("What is the capital of {e}?", "The capital of {e} is {v}."),
@@ -139,29 +140,29 @@ def trained(world: World, tokenizer: Tokenizer) -> Retro:
     )
     model = Retro(config).initialize(torch.Generator().manual_seed(0))
     optimizer = make_optimizer(model, TrainConfig())
-    passages, mastered = 1, 0
-    for step in range(1, 1601):
+    passages, mastered = 1, None
+    for step in range(1, 1501):
         items = [world.training_item(passages) for _ in range(64)]
-        batch = question_batch(items, tokenizer, CHUNK_LEN, neighbor_len=NEIGHBOR_LEN)
+        decay = 1.0 if mastered is None else 1 - (step - mastered) / DECAY_STEPS
         train_step(
             model,
             optimizer,
-            batch,
+            question_batch(items, tokenizer, CHUNK_LEN, neighbor_len=NEIGHBOR_LEN),
             micro_batch_size=64,
-            rate=1e-3 * min(1, step / 30),
+            rate=1e-3 * min(1, step / 30) * max(decay, 0.1),
             grad_clip=1.0,
             dtype=torch.float32,
         )
+        if mastered is not None and step == mastered + DECAY_STEPS:
+            break
         if step % 50 == 0:
             fresh = [world.training_item(passages) for _ in range(128)]
             score = accuracy(model, tokenizer, fresh)
             logger.info("step %d: %d passages, accuracy %.3f", step, passages, score)
-            if passages < PASSAGES and score >= 0.9:
+            if score >= 0.9 and passages < PASSAGES:
                 passages *= 2
-            elif passages == PASSAGES and score >= 0.98:
-                mastered += 1
-                if mastered == 2:
-                    break
+            elif score >= 0.9 and mastered is None:
+                mastered = step
     return model
 
 
