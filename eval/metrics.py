@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from retro.errors import ConfigError
+
 _SPACE = re.compile(r"\s+")
 
 
@@ -32,5 +34,10 @@ def answer_recall(ranks: Sequence[int | None], k: int) -> float:
     Args:
         ranks: For each question the place of the first passage that holds an answer, from 0; None where there is none.
         k: Passages considered.
+
+    Raises:
+        ConfigError: There is no question.
     """
+    if not ranks:
+        raise ConfigError("there is no question to measure")
     return sum(rank is not None and rank < k for rank in ranks) / len(ranks)

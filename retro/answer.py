@@ -135,7 +135,8 @@ def question_batch(
         targets_BT[row, first:end] = torch.tensor([*prompt[1:], *answer, tokenizer.eos_id])
         keep_BT[row, first:end] = True
         loss_BT[row, border - 1 : end] = True
-        texts[row][chunks[row] - 1] = list(item.sources)
+        for chunk in range(chunks[row] - 1, end // M):  # the prompt's last chunk, and whole chunks of the answer
+            texts[row][chunk] = list(item.sources)
     K = max(1, *(len(item.sources) for item in items)) if items else 1
     neighbors_BLKR, keep_BLKR = neighbor_tensors(texts, tokenizer, K, neighbor_len)
     return Batch(

@@ -123,6 +123,8 @@ def generate(
     full = [p if isinstance(p, Prompt) else _prompt(p, tokenizer) for p in prompts]
     if not full:
         raise ConfigError("there is no prompt")
+    if any(not p.ids for p in full):
+        raise ConfigError("the prompt is empty: give some text to continue")
     if config.num_neighbors > 0 and not model.config.cca_layers:
         raise ConfigError("this model was made without retrieval: use num_neighbors = 0 (-k 0)")
     if config.num_neighbors > 0 and retriever is None and any(p.passages is None for p in full):
@@ -178,7 +180,10 @@ class _Decoding:
             )
             logits_BV = logits_BTV[:, -1]
         for row, result in enumerate(self.results):
-            result.text = self._continuation(row)
+            text = self._continuation(row)
+            if self.on_token is not None and len(text) > len(result.text):
+                self.on_token(row, text[len(result.text) :])  # a character that the last token left unfinished
+            result.text = text
         return self.results
 
     def _prefill(self, cache: Cache) -> Tensor:
@@ -203,7 +208,8 @@ class _Decoding:
 
     def _choose(self, logits_BV: Tensor) -> Tensor:
         """Takes the next token of every row that is not done."""
-        log_probs_BV = torch.log_softmax(logits_BV.float(), dim=-1).cpu()
+        wide = torch.promote_types(logits_BV.dtype, torch.float32)
+        log_probs_BV = torch.log_softmax(logits_BV.to(wide), dim=-1).cpu()
         chosen = []
         for row, result in enumerate(self.results):
             if self.done[row]:

@@ -166,11 +166,12 @@ def test_every_prompt_ends_at_a_border_and_its_answer_follows() -> None:
         assert counted == list(range(border - 1, border + len(answer)))
         assert batch.targets_BT[row, counted].tolist() == [*answer, toy_tokenizer().eos_id]
         assert batch.targets_BT[row, kept[:-1]].tolist() == (prompt + answer)[1:]
-        # Sources: at the prompt's last chunk only.
+        # Sources: at the prompt's last chunk and at whole chunks of the answer, as when the answer is generated.
         assert batch.keep_BLKR is not None
         assert batch.neighbors_BLKR is not None
         chunks = batch.keep_BLKR[row].any(-1).any(-1).nonzero().flatten().tolist()
-        assert chunks == ([border // M - 1] if item.sources else [])
+        finished = list(range(border // M - 1, (border + len(answer)) // M))
+        assert chunks == (finished if item.sources else [])
         near = zip(batch.neighbors_BLKR[row, border // M - 1], batch.keep_BLKR[row, border // M - 1], strict=True)
         read = [toy_tokenizer().decode(ids[keep].tolist()) for ids, keep in near if keep.any()]
         assert read == [source[:R] for source in item.sources]

@@ -211,7 +211,8 @@ def assert_equal_to_naive(
     for result, prompt in zip(results, batch, strict=True):
         ids, log_probs, queries = naive_generate(model, prompt, config, eos_id)
         assert result.ids == ids
-        assert result.log_probs == pytest.approx(log_probs, abs=1e-5)
+        tolerance = 1e-10 if model.embedding.weight.dtype == torch.float64 else 1e-5
+        assert result.log_probs == pytest.approx(log_probs, abs=tolerance)
         assert result.finished == (ids[-1] == eos_id)
         assert {chunk: library_passages(q, config.num_neighbors) for chunk, q in queries.items()} == result.retrieved
 
