@@ -30,12 +30,13 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n auto
 
+# The tests marked slow are in `make test` only, which CI runs first.
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 bench: setup
 	$(BIN)/python benchmarks/squad_recall.py

@@ -97,7 +97,7 @@ class TrainConfig:
     data: str = ""
     """Folder made by `retro data`."""
     out: str = ""
-    """Folder of the model; it must end in nothing in particular, `.model` by habit."""
+    """Folder of the model, `NAME.model` by habit."""
     seq_len: int = 512
     """T: slots of a sequence (n); whole chunks."""
     num_neighbors: int = 2
