@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Of `model.safetensors` as published with sentence-transformers/all-MiniLM-L6-v2."""
-SLICE_TEXTS = 2048
+SLICE_TEXTS = 512
 """Texts between two reports of progress; they are sorted by length within a slice."""
 
 
