@@ -1,7 +1,7 @@
 """Building an index in stages, each resumable by the shard: read and chunk, encode, index, finish."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,12 @@ from index_builder.corpus import ReadOptions, describe_corpora, read_documents
 from index_builder.encoder import Encoder
 from index_builder.index import VectorIndex, plan_index
 from index_builder.search import INDEX_FILE
-from index_builder.shards import count_rejects, read_shards
+from index_builder.shards import Progress, count_rejects, read_shards
 from retro.artifact import MANIFEST, begin, find_damage, finish, open_manifest, read_json, write_json, writing
 from retro.chunks import ChunkStore, Document, Int64s, chunk_spans, load_array, save_array, shard_path, write_documents
 from retro.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-Progress = Callable[[str, int, int | None], None]
-"""Called with the stage, how much of it is done, and of how much (None where that is unknown)."""
-
 READ_COUNTS = "documents/counts.json"
 
 
@@ -75,7 +72,7 @@ def build_index(
         tokenizer.save(folder)
         counts = _read(corpora, folder, tokenizer, config, progress)
         store = ChunkStore(folder)
-        truncated = _encode(folder, store, encoder, tokenizer, config, progress)
+        truncated = _encode(folder, store, encoder, config, progress)
         index = _index(folder, store, encoder, config, progress)
         fields = {
             "documents": store.num_documents,
@@ -177,7 +174,6 @@ def _encode(
     folder: Path,
     store: ChunkStore,
     encoder: Encoder,
-    tokenizer: Tokenizer,
     config: BuildConfig,
     progress: Progress | None,
 ) -> int:

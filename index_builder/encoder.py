@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from index_builder.config import DEFAULT_ENCODER
@@ -137,7 +138,7 @@ class Encoder:
         digest = hashlib.sha256()
         for name, tensor in sorted(self._model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(dtype=_bytes_dtype()).numpy().data)
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(dtype=torch.uint8).numpy().data)
         backend = getattr(self._model.tokenizer, "backend_tokenizer", None)
         settings = {
             "tokenizer": None if backend is None else Tokenizer.wrap(backend).fingerprint,
@@ -157,12 +158,6 @@ def _settings(module: Any) -> list[Any]:
     config = getattr(getattr(module, "auto_model", None), "config", None)
     own = [str(getattr(module, name, None)) for name in ("pooling_mode", "include_prompt", "activation_function")]
     return [type(module).__name__, *own, *(getattr(config, name, None) for name in _SETTINGS)]
-
-
-def _bytes_dtype() -> Any:
-    import torch
-
-    return torch.uint8
 
 
 def _packaged_default() -> Path:

@@ -1,7 +1,7 @@
 """Training data: a tokenized corpus with the neighbors of its chunks, none of their own group."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from index_builder.config import DataConfig
 from index_builder.corpus import describe_corpora
 from index_builder.search import IndexRetriever, find_neighbors
-from index_builder.shards import count_rejects, read_shards
+from index_builder.shards import Progress, count_rejects, read_shards
 from retro.artifact import begin, finish, read_json, write_atomically, write_json, writing
 from retro.chunks import (
     SPLITS,
@@ -27,8 +27,6 @@ from retro.chunks import (
 from retro.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-Progress = Callable[[str, int, int | None], None]
-"""Called with the stage, how much of it is done, and of how much (None where that is unknown)."""
 
 
 def build_training_data(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from index_builder.encoder import Encoder
 from index_builder.index import VectorIndex
-from retro.artifact import fingerprint, read_manifest
+from retro.artifact import fingerprint, open_manifest, read_manifest
 from retro.chunks import ChunkStore, Passage, group_hash
 from retro.errors import ConfigError, FormatError, MismatchError
 from retro.generate import Role
@@ -106,7 +106,7 @@ class IndexRetriever:
             MismatchError: The encoder is another one.
         """
         folder = Path(path)
-        made_with = read_manifest(folder, "index")["encoder"]
+        made_with = open_manifest(folder, "index")["encoder"]
         opened = Encoder.open(encoder or made_with["name"], revision=made_with["revision"], device=device)
         return cls(folder, opened)
 

@@ -11,6 +11,8 @@ from retro.artifact import storage_error, write_atomically
 from retro.chunks import Document
 
 Made = TypeVar("Made")
+Progress = Callable[[str, int, int | None], None]
+"""Called with the stage, how much of it is done, and of how much (None where that is unknown)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

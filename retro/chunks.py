@@ -215,7 +215,7 @@ class ChunkStore:
 
     def groups(self, rows: Int64s) -> NDArray[np.uint64]:
         """Hash of the group of each row, any shape; rows must exist."""
-        return self._group_of_document[self._document_of_row[rows]]
+        return self._group_of_document[self.documents_of(rows)]
 
     def documents_of(self, rows: Int64s) -> Int64s:
         """Number of the document of each row, any shape."""
@@ -326,9 +326,10 @@ class TrainingArrays:
     neighbor_lengths: NDArray[np.int32]
     """neighbors/: how many of them there are [U]."""
 
-    def folders(self) -> dict[str, str]:
+    @classmethod
+    def folders(cls) -> dict[str, str]:
         """Folder of each array."""
-        names = [f.name for f in fields(self)]
+        names = [f.name for f in fields(cls)]
         split = names.index("neighbors")
         return {name: "tokens" if i < split else "neighbors" for i, name in enumerate(names)}
 
@@ -353,13 +354,9 @@ class TrainingData:
         self.tokenizer = Tokenizer.load(str(folder))
         if self.tokenizer.fingerprint != self.manifest["tokenizer_fingerprint"]:
             raise MismatchError(f"{folder} holds another tokenizer than it was made with: make it again")
-        names = [f.name for f in fields(TrainingArrays)]
-        split = names.index("neighbors")
-        loaded = {
-            name: load_array(folder / ("tokens" if i < split else "neighbors") / f"{name}.npy")
-            for i, name in enumerate(names)
-        }
-        self.arrays = TrainingArrays(**loaded)
+        self.arrays = TrainingArrays(
+            **{name: load_array(folder / below / f"{name}.npy") for name, below in TrainingArrays.folders().items()}
+        )
         lengths_D = self.arrays.leads + np.diff(self.arrays.starts)
         chunks_D = -(-lengths_D // self.chunk_len)
         self.chunk_starts: Int64s = np.concatenate([np.zeros(1, np.int64), np.cumsum(chunks_D, dtype=np.int64)])
