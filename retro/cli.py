@@ -519,7 +519,7 @@ def _print_json(value: Any) -> None:
 
 def _passage_json(passage: Any) -> dict[str, Any]:
     return {
-        "score": round(passage.score, 4),
+        "score": passage.score,
         "key": passage.key,
         "title": passage.title,
         "url": passage.url,
