@@ -29,6 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from index_builder.duplicates import Deduplicator, KeySet
 from index_builder.formats import (
     COMPRESSIONS,
     KINDS,
@@ -43,7 +47,7 @@ from index_builder.formats import (
     records,
 )
 from retro.artifact import sha256
-from retro.chunks import Document
+from retro.chunks import Document, name_hash
 from retro.errors import ConfigError, CorpusError
 
 _LOG = logging.getLogger(__name__)
@@ -62,6 +66,8 @@ class Reject:
     line: int
     """1-based, a row for Parquet and datasets; 0 where the file is one document."""
     reason: str
+    duplicate: bool = False
+    """Whether it was left out because an earlier document says the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +87,16 @@ class ReadOptions:
     """Whether a record that cannot be used ends the reading or is yielded as a `Reject`."""
     max_document_chars: int = 10_000_000
     """Longest text in characters. Memory grows with it: a record takes up to six bytes a character as JSON."""
+    deduplicate: Literal["none", "exact", "near"] = "none"
+    """Which documents are left out and yielded as a `Reject`: those whose text is that of an earlier one, or shares 80% of its
+    13-grams of words with it."""
+    vectors_field: str | None = None
+    """Field with a vector that was made elsewhere, for records that are one chunk each."""
 
     def __post_init__(self) -> None:
-        names = (self.text_field, self.id_field, self.title_field, "url", "group", "split")
+        names: tuple[str, ...] = (self.text_field, self.id_field, self.title_field, "url", "group", "split")
+        if self.vectors_field is not None:
+            names = (*names, self.vectors_field)
         if "" in names or len(set(names)) < len(names):
             raise ConfigError(
                 f"text, id and title come from the fields {', '.join(map(repr, names[:3]))}; they need three different "
@@ -93,6 +106,8 @@ class ReadOptions:
             raise ConfigError(f"limit is {self.limit}; give at least 1, or leave it out to read everything")
         if self.on_error not in ("stop", "skip"):
             raise ConfigError(f"on_error is {self.on_error!r}; use 'stop' or 'skip'")
+        if self.deduplicate not in ("none", "exact", "near"):
+            raise ConfigError(f"deduplicate is {self.deduplicate!r}; use 'none', 'exact' or 'near'")
         if self.max_document_chars < 1:
             raise ConfigError(f"max_document_chars is {self.max_document_chars}; give at least 1")
 
@@ -112,7 +127,7 @@ def read_documents(corpora: Sequence[str], options: ReadOptions) -> Iterator[Doc
         options: Field names and limits.
 
     Returns:
-        Documents and, with `on_error="skip"`, the records left out.
+        Documents, and the records left out: duplicates and, with `on_error="skip"`, those that cannot be used.
 
     Raises:
         CorpusError: A corpus is missing, cannot be read, is damaged or holds no document; or, with `on_error="stop"`,
@@ -302,14 +317,14 @@ def _records(corpus: _Corpus, options: ReadOptions) -> Iterator[_Record]:
 
 def _documents(corpora: list[_Corpus], options: ReadOptions) -> Iterator[Document | Reject]:
     # Hashes, not keys, which may be long. The chance that two of ten million keys share a hash is 3e-6.
-    seen: set[int] = set()
+    seen, kept = KeySet(), 0
+    earlier = None if options.deduplicate == "none" else Deduplicator(options.deduplicate).earlier
     for corpus in corpora:
-        num_before, num_rejects = len(seen), 0
+        num_before, num_rejects, num_duplicates = kept, 0, 0
         for record in _records(corpus, options):
             try:
                 document = _document(record, corpus, options)
-                digest = int.from_bytes(hashlib.blake2b(document.key.encode(), digest_size=8).digest(), "big")
-                if digest in seen:
+                if not seen.add(name_hash(document.key)):
                     raise RecordError(
                         f"the key {document.key!r} was used by a document before; ids must differ within a corpus"
                     )
@@ -321,11 +336,17 @@ def _documents(corpora: list[_Corpus], options: ReadOptions) -> Iterator[Documen
                 num_rejects += 1
                 yield Reject(file=record.file, line=record.line, reason=str(unusable))
                 continue
-            seen.add(digest)
+            if earlier is not None and (number := earlier(document.text)) is not None:
+                same = "the same text as" if options.deduplicate == "exact" else "nearly the text of"
+                reason = f"{document.key} has {same} document {number} (counted from 0 over those kept)"
+                num_duplicates += 1
+                yield Reject(file=record.file, line=record.line, reason=reason, duplicate=True)
+                continue
+            kept += 1
             yield document
-            if len(seen) == options.limit:
+            if kept == options.limit:
                 return
-        if len(seen) == num_before:
+        if kept == num_before and not num_duplicates:
             raise CorpusError(
                 f"{corpus.location} holds no documents ({num_rejects} records were rejected); check that it is the "
                 "right corpus, and the names of its fields (--text-field)"
@@ -345,7 +366,7 @@ def _document(record: _Record, corpus: _Corpus, options: ReadOptions) -> Documen
         raise RecordError(f"the split {fields['split']!r} is not known; use train, valid (validation, dev) or test")
     if any("\0" in value for value in (key, text, title, url, group)):
         raise RecordError(NUL)
-    read = {options.text_field, options.id_field, options.title_field, "url", "group", "split"}
+    read = {options.text_field, options.id_field, options.title_field, "url", "group", "split", options.vectors_field}
     try:
         metadata = _canonical_json({name: value for name, value in fields.items() if name not in read})
         content = _canonical_json([text, title, url, group, split, metadata]).encode()
@@ -366,7 +387,18 @@ def _document(record: _Record, corpus: _Corpus, options: ReadOptions) -> Documen
         metadata=metadata,
         content_hash=hashlib.blake2b(content, digest_size=16).hexdigest(),
         source=record.place,
+        vector=None if options.vectors_field is None else _vector(fields, options.vectors_field),
     )
+
+
+def _vector(fields: dict[str, Any], name: str) -> NDArray[np.float32]:
+    try:
+        vector = np.array(fields.get(name), np.float32)
+    except (TypeError, ValueError):
+        vector = np.empty(0, np.float32)
+    if vector.ndim != 1 or not vector.size or not np.isfinite(vector).all():
+        raise RecordError(f"the field {name!r} must be a list of finite numbers, the vector of the text")
+    return vector
 
 
 def _text(fields: dict[str, Any], options: ReadOptions) -> str:

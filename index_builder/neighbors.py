@@ -1,29 +1,35 @@
-"""Training data: a tokenized corpus with the neighbors of its chunks, none of their own group."""
+"""Training data: a tokenized corpus with the neighbors of its chunks, none of their own group nor of an evaluation's words."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from index_builder.config import DataConfig
-from index_builder.corpus import describe_corpora
-from index_builder.search import IndexRetriever, find_neighbors
-from index_builder.shards import Progress, count_rejects, read_shards
-from retro.artifact import begin, finish, read_json, write_atomically, write_json, writing
+from index_builder.corpus import describe_corpora, read_documents
+from index_builder.duplicates import NearDuplicates, NGrams, signatures
+from index_builder.filters import Filter
+from index_builder.search import Found, IndexRetriever, Snapshot, find_neighbors
+from index_builder.shards import Progress, Shard, ShardReader
+from retro.artifact import begin, finish, read_json, sha256, write_atomically, write_json, writing
 from retro.chunks import (
     SPLITS,
+    ChunkStore,
     Document,
     TokenizedDocument,
     TrainingData,
-    group_hash,
     load_array,
+    name_hash,
     save_array,
     shard_path,
 )
+from retro.errors import FormatError, MismatchError
 from retro.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -58,11 +64,15 @@ def build_training_data(
     Raises:
         CorpusError, ConfigError, FormatError, StorageError: As their names say.
     """
+    snapshot = retriever.snapshot()
     recipe = {
         "config": asdict(config),
         "corpora": describe_corpora(corpora),
+        "evaluation": describe_corpora(config.exclude_ngrams_of) if config.exclude_ngrams_of else [],
+        "neighbors_sha256": sha256(Path(config.neighbors)) if config.neighbors else None,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "index_fingerprint": retriever.fingerprint,
+        "retriever": retriever.method,
     }
     with writing(out):
         if begin(out, TrainingData.KIND, recipe, overwrite=overwrite):
@@ -71,8 +81,9 @@ def build_training_data(
             return manifest
         tokenizer.save(out)
         work = out / "shards"
-        counts = _make_shards(corpora, work, out, tokenizer, retriever, config, progress)
-        counts |= _collect(work, out, tokenizer, retriever, config)
+        search = _Search(retriever, snapshot, config, work, progress)
+        counts = _make_shards(corpora, work, out, tokenizer, search, config, progress)
+        counts |= _collect(work, out, tokenizer, snapshot.store, config)
         for path in sorted(work.iterdir()):
             path.unlink()
         work.rmdir()
@@ -92,52 +103,206 @@ def build_training_data(
     return made
 
 
+class _Search:
+    """The neighbors of a corpus' chunks in one state of an index, or out of a table made elsewhere, with all exclusions."""
+
+    def __init__(
+        self,
+        retriever: IndexRetriever,
+        snapshot: Snapshot,
+        config: DataConfig,
+        work: Path,
+        progress: Progress | None,
+    ) -> None:
+        self._retriever = retriever
+        self._snapshot = snapshot
+        self._config = config
+        self._progress = progress
+        store = snapshot.store
+        self._keep_N = snapshot.rows_where(Filter.parse(config.where) if config.where else None)
+        if config.exclude_ngrams_of:
+            banned_N = self._cached(work / "banned.npy", self._overlapping_rows)
+            self._keep_N = ~banned_N if self._keep_N is None else self._keep_N & ~banned_N
+        self._duplicates = None
+        if config.exclude_near_duplicates:
+            signatures_DP = self._cached(work / "signatures.npy", self._signatures)
+            self._duplicates = NearDuplicates(signatures_DP)
+            self._group_of_document = np.concatenate([t["group_hash"].to_numpy() for t in store.tables])
+        self._table_NK = None if config.neighbors is None else _load_table(Path(config.neighbors), store.num_chunks)
+
+    def find(
+        self, queries: list[str], places: NDArray[np.int64], owners: NDArray[np.int64], documents: list[Document]
+    ) -> Found:
+        """Scores and rows [Q, K] for chunks of some documents.
+
+        Args:
+            queries: Their texts.
+            places: Their numbers in the whole corpus [Q].
+            owners: Which of the documents each is of [Q].
+            documents: See above.
+        """
+        K = self._config.num_neighbors
+        excluded_QG = None if self._config.exclude == "none" else self._excluded(documents)[owners]
+        if self._table_NK is None:
+            return self._retriever.find(
+                queries, K, role="document", excluded_QG=excluded_QG, keep_N=self._keep_N, snapshot=self._snapshot
+            )
+        if len(places) and places[-1] >= len(self._table_NK):
+            raise MismatchError(
+                f"{self._config.neighbors} has rows for {len(self._table_NK):,} chunks, the corpus has more (chunk "
+                f"{places[-1]:,}): it was made for another corpus or tokenizer, or for other leads (--lead-share 0)"
+            )
+        table_QK = np.asarray(self._table_NK[places])
+        rank_QK = np.where(table_QK >= 0, -np.arange(table_QK.shape[1], dtype=np.float32), -np.inf)
+        # What a table says is filtered like the result of a search: a lower rank is a lower score.
+        keep_QK = table_QK >= 0
+        for mask in (self._keep_N, None if self._snapshot.store.dead_N is None else ~self._snapshot.store.dead_N):
+            if mask is not None:
+                keep_QK &= mask[np.maximum(table_QK, 0)]
+        ordered = np.argsort(~keep_QK, axis=1, kind="stable")
+        rank_QK = np.take_along_axis(np.where(keep_QK, rank_QK, -np.inf), ordered, axis=1).astype(np.float32)
+        table_QK = np.take_along_axis(np.where(keep_QK, table_QK, -1), ordered, axis=1)
+        return find_neighbors(
+            lambda few, n: (rank_QK[few, :n], table_QK[few, :n]),
+            len(queries),
+            table_QK.shape[1],
+            K,
+            self._snapshot.store.groups,
+            excluded_QG,
+        )
+
+    def check_complete(self, num_chunks: int) -> None:
+        """Raises MismatchError where a table has more rows than the corpus has chunks."""
+        if self._table_NK is not None and len(self._table_NK) != num_chunks:
+            raise MismatchError(
+                f"{self._config.neighbors} has rows for {len(self._table_NK):,} chunks, the corpus has {num_chunks:,}: it was "
+                "made for another corpus or tokenizer, or for other leads (--lead-share 0)"
+            )
+
+    def _excluded(self, documents: list[Document]) -> NDArray[np.uint64]:
+        """Hashes of the groups that each document may have no neighbors of [D, G]: its own, and those of its near-duplicates."""
+        own_D = np.array([name_hash(document.group) for document in documents], np.uint64)
+        if self._duplicates is None:
+            return own_D[:, None]
+        matches = self._duplicates.matches(signatures([document.text for document in documents]))
+        excluded_DG = np.repeat(own_D[:, None], 1 + max(map(len, matches), default=0), axis=1)
+        for row, numbers in enumerate(matches):
+            excluded_DG[row, 1 : 1 + len(numbers)] = self._group_of_document[numbers]
+        return excluded_DG
+
+    def _overlapping_rows(self) -> NDArray[np.bool_]:
+        """Rows whose chunk and continuation share 13 words in a row with a document of the evaluation files."""
+        options = replace(self._config.read, limit=None, on_error="stop", deduplicate="none", vectors_field=None)
+        evaluation = read_documents(self._config.exclude_ngrams_of, options)
+        ngrams = NGrams.of_texts(item.text for item in evaluation if isinstance(item, Document))
+        store, parts = self._snapshot.store, []
+        for shard in range(len(store.shards)):
+            texts = []
+            for document, spans in store.shard_documents(shard):
+                ends = spans[1:, 1].tolist() + spans[-1:, 1].tolist()
+                texts += [document.text[start:end] for start, end in zip(spans[:, 0].tolist(), ends, strict=True)]
+            parts.append(ngrams.overlap(texts))
+            self._report("evaluation's 13-grams", shard, store)
+        banned_N = np.concatenate(parts)
+        logger.info("%s of %s chunks share 13 words in a row with the evaluation files", banned_N.sum(), len(banned_N))
+        return banned_N
+
+    def _signatures(self) -> NDArray[np.uint32]:
+        store, parts = self._snapshot.store, []
+        for shard, table in enumerate(store.tables):
+            parts.append(signatures(table["text"].to_pylist()))
+            self._report("near-duplicates", shard, store)
+        return np.concatenate(parts)
+
+    def _report(self, stage: str, shard: int, store: ChunkStore) -> None:
+        if self._progress is not None:
+            self._progress(stage, int(store.first_row[shard + 1]), store.num_chunks)
+
+    @staticmethod
+    def _cached(path: Path, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+        if not path.is_file():
+            save_array(path, make())
+        return load_array(path)
+
+
+def _load_table(path: Path, num_rows: int) -> NDArray[np.int64]:
+    """Neighbors made elsewhere: index rows of each chunk of the corpus [N, K'], -1 where there is none.
+
+    A .npy array of integers, or a Parquet file with the columns `chunk` (0 to N - 1 in any order) and `neighbors` (lists, all of
+    one length).
+
+    Raises:
+        FormatError: It is no such file, or holds a row that the index does not have.
+    """
+    try:
+        if path.suffix == ".npy":
+            table_NK = load_array(path)
+        else:
+            table = pq.read_table(path, columns=["chunk", "neighbors"]).sort_by("chunk")
+            if not np.array_equal(table["chunk"].to_numpy(), np.arange(len(table))):
+                raise FormatError(f"{path}: its chunks are not 0 to {len(table) - 1:,}, each once")
+            table_NK = np.array(table["neighbors"].to_pylist())
+    except (OSError, pa.ArrowInvalid, pa.ArrowKeyError, ValueError) as error:
+        raise FormatError(
+            f"{path} is no table of neighbors ({error}): give a .npy of integers [chunks, k], or a Parquet file with the columns "
+            "chunk and neighbors"
+        ) from error
+    if table_NK.ndim != 2 or not np.issubdtype(table_NK.dtype, np.integer) or table_NK.shape[1] < 1:
+        raise FormatError(f"{path} holds {table_NK.dtype} of shape {list(table_NK.shape)}, not integers of [chunks, k]")
+    if len(table_NK) and not -1 <= int(table_NK.min()) <= int(table_NK.max()) < num_rows:
+        raise FormatError(
+            f"{path} names rows from {table_NK.min():,} to {table_NK.max():,}; the index has rows 0 to {num_rows - 1:,}, and -1 "
+            "means none"
+        )
+    return table_NK
+
+
 def _make_shards(
     corpora: Sequence[str],
     work: Path,
     out: Path,
     tokenizer: Tokenizer,
-    retriever: IndexRetriever,
+    search: _Search,
     config: DataConfig,
     progress: Progress | None,
 ) -> dict[str, int]:
     """Reads, tokenizes and searches; a shard's `counts` file comes last and marks it finished."""
-    number, records, documents_done, chunks_done, rejects = 0, 0, 0, 0, 0
-    while (path := shard_path(work, number, ".counts.json")).is_file():
-        counts = read_json(path)
-        records, rejects = counts["records"], counts["rejects"]
-        documents_done += counts["documents"]
-        chunks_done += counts["chunks"]
-        number += 1
-    for shard in read_shards(
+    chunks = 0
+
+    def wanted(number: int) -> bool:
+        nonlocal chunks
+        path = shard_path(work, number, ".counts.json")
+        if not path.is_file():
+            return True
+        chunks += read_json(path)["chunks"]
+        return False
+
+    reader = ShardReader(
         corpora,
         config.read,
         make=lambda document: _tokenized(document, tokenizer, config),
-        size=lambda tokenized: -(-(tokenized.lead + len(tokenized.ids)) // config.chunk_len),
-        shard_size=config.shard_chunks,
-        skip_records=records,
+        shard_chars=config.shard_chars,
         rejects_file=out / "rejects.jsonl",
-        rejects_before=rejects,
-    ):
-        documents_done += len(shard.documents)
-        chunks = _write_shard(work, number, shard.made, shard.documents, tokenizer, retriever, config)
-        chunks_done += chunks
-        counts = {
-            "records": shard.records,
-            "rejects": shard.rejects,
-            "documents": len(shard.documents),
-            "chunks": chunks,
-        }
-        write_json(shard_path(work, number, ".counts.json"), counts)
-        number += 1
+        wanted=wanted,
+    )
+    for shard in reader:
+        made = _write_shard(work, shard, chunks, tokenizer, search, config)
+        write_json(shard_path(work, shard.number, ".counts.json"), {"chunks": made})
+        chunks += made
         if progress is not None:
-            progress("neighbors of chunks", chunks_done, None)
-    return {"documents": documents_done, "chunks": chunks_done, "rejects": count_rejects(out / "rejects.jsonl")}
+            progress("neighbors of chunks", chunks, None)
+    search.check_complete(chunks)
+    return {
+        "documents": reader.num_documents,
+        "chunks": chunks,
+        "rejects": reader.num_rejects,
+        "duplicates": reader.num_duplicates,
+    }
 
 
 def _tokenized(document: Document, tokenizer: Tokenizer, config: DataConfig) -> TokenizedDocument:
     """Puts a document on its grid; split and lead follow from the seed and the names alone."""
-    draw = np.random.default_rng([config.seed, group_hash(document.group)]).random()
+    draw = np.random.default_rng([config.seed, name_hash(document.group)]).random()
     if document.split:
         split = SPLITS.index(document.split)
     elif draw < config.valid_share:
@@ -147,7 +312,7 @@ def _tokenized(document: Document, tokenizer: Tokenizer, config: DataConfig) -> 
     else:
         split = SPLITS.index("train")
     lead = 0
-    random = np.random.default_rng([config.seed, 1, group_hash(document.key)])
+    random = np.random.default_rng([config.seed, 1, name_hash(document.key)])
     if split == SPLITS.index("train") and random.random() < config.lead_share:
         lead = int(random.integers(1, config.chunk_len))
     return TokenizedDocument.make(document.text, tokenizer, config.chunk_len, lead=lead, split=split)
@@ -155,43 +320,39 @@ def _tokenized(document: Document, tokenizer: Tokenizer, config: DataConfig) -> 
 
 def _write_shard(
     work: Path,
-    number: int,
-    tokenized: list[TokenizedDocument],
-    documents: list[Document],
+    shard: Shard[TokenizedDocument],
+    first_chunk: int,
     tokenizer: Tokenizer,
-    retriever: IndexRetriever,
+    search: _Search,
     config: DataConfig,
 ) -> int:
     """Looks up the neighbors of one shard and writes its arrays; returns the number of its chunks."""
     M, K = config.chunk_len, config.num_neighbors
-    place, queries, groups = [], [], []
+    place, queries, owners = [], [], []
     chunk = 0
-    for document, entry in zip(documents, tokenized, strict=True):
+    for number, entry in enumerate(shard.made):
         for offset, query in enumerate(entry.queries):
             if query.strip():
                 place.append(chunk + offset)
                 queries.append(query)
-                groups.append(group_hash(document.group))
+                owners.append(number)
         chunk += -(-(entry.lead + len(entry.ids)) // M)
-    vectors_QX = retriever.encoder.encode(queries, "document")
-    excluded = np.array(groups, np.uint64)[:, None] if config.exclude == "group" else None
-    scores_QK, rows_QK = find_neighbors(retriever.index, retriever.store, vectors_QX, K, excluded)
+    places = np.array(place, np.int64)
+    scores_QK, rows_QK = search.find(queries, first_chunk + places, np.array(owners, np.int64), shard.documents)
     rows_NK = np.full((chunk, K), -1, np.int64)
     scores_NK = np.full((chunk, K), np.nan, np.float32)
-    rows_NK[place] = rows_QK
-    scores_NK[place] = np.where(rows_QK >= 0, scores_QK, np.nan)
-    ids_type = _ids_type(tokenizer)
-    columns = [(len(e.ids), e.lead, e.split, e.num_bytes) for e in tokenized]
-    save_array(shard_path(work, number, ".ids.npy"), np.concatenate([e.ids for e in tokenized]).astype(ids_type))
-    save_array(shard_path(work, number, ".documents.npy"), np.array(columns, np.int64))
-    save_array(shard_path(work, number, ".rows.npy"), rows_NK)
-    save_array(shard_path(work, number, ".scores.npy"), scores_NK)
+    rows_NK[places] = rows_QK
+    scores_NK[places] = np.where(rows_QK >= 0, scores_QK, np.nan)
+    columns = [(len(e.ids), e.lead, e.split, e.num_bytes) for e in shard.made]
+    ids = np.concatenate([e.ids for e in shard.made]).astype(_ids_type(tokenizer))
+    save_array(shard_path(work, shard.number, ".ids.npy"), ids)
+    save_array(shard_path(work, shard.number, ".documents.npy"), np.array(columns, np.int64))
+    save_array(shard_path(work, shard.number, ".rows.npy"), rows_NK)
+    save_array(shard_path(work, shard.number, ".scores.npy"), scores_NK)
     return chunk
 
 
-def _collect(
-    work: Path, out: Path, tokenizer: Tokenizer, retriever: IndexRetriever, config: DataConfig
-) -> dict[str, int]:
+def _collect(work: Path, out: Path, tokenizer: Tokenizer, store: ChunkStore, config: DataConfig) -> dict[str, int]:
     """Shards to the flat arrays of TrainingData, and the text of every neighbor to tokens; returns counts."""
 
     def shards(name: str) -> list[NDArray[Any]]:
@@ -220,7 +381,7 @@ def _collect(
     ids_UR = np.zeros((U, R), _ids_type(tokenizer))
     lengths_U = np.zeros(U, np.int32)
     for start in range(0, U, 1024):
-        texts = [retriever.store.passage(int(row)).full_text for row in index_rows[start : start + 1024]]
+        texts = [store.passage(int(row)).full_text for row in index_rows[start : start + 1024]]
         for offset, ids in enumerate(tokenizer.encode_batch(texts)):
             n = min(len(ids), R)
             ids_UR[start + offset, :n] = ids[:n]

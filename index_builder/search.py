@@ -1,63 +1,71 @@
-"""Search with exclusions, and the retriever: encoder, index and chunk store of one index folder."""
+"""Search with exclusions and filters, and the retriever: encoder, vectors, BM25 and chunk store of one index folder."""
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from index_builder.build import open_vectors
 from index_builder.encoder import Encoder
+from index_builder.filters import Filter
 from index_builder.index import VectorIndex
-from retro.artifact import fingerprint, open_manifest, read_manifest
-from retro.chunks import ChunkStore, Passage, group_hash
+from index_builder.lexical import LexicalIndex, fuse
+from retro.artifact import MANIFEST, fingerprint, open_manifest, read_manifest
+from retro.chunks import ChunkStore, Passage, load_array, name_hash
 from retro.errors import ConfigError, FormatError, MismatchError
 from retro.generate import Role
 
 logger = logging.getLogger(__name__)
-INDEX_FILE = "index/vectors.faiss"
+Method = Literal["dense", "bm25", "hybrid", "rerank"]
+"""By the encoder's vectors; by words; by both, their rankings fused; by vectors, the best of them re-ranked by words."""
+METHODS: tuple[str, ...] = get_args(Method)
 CANDIDATES = 1 << 22
 """Rows looked at in one go, over all queries: bounds memory where one group is very large."""
 OVER_FETCH = 8
 """Rows fetched beyond k at first, because some will be excluded."""
+FUSED = 100
+"""Rows of each ranking that are fused, and of the dense one that are re-ranked; four times k where that is more."""
+Found = tuple[NDArray[np.float32], NDArray[np.int64]]
+"""Scores and rows [Q, k], best first; -inf and -1 where there is no further row."""
 
 
 def find_neighbors(
-    index: VectorIndex,
-    store: ChunkStore,
-    vectors_QX: NDArray[np.float32],
+    fetch: Callable[[NDArray[np.int64], int], Found],
+    num_queries: int,
+    num_rows: int,
     k: int,
+    groups_of: Callable[[NDArray[np.int64]], NDArray[np.uint64]],
     excluded_QG: NDArray[np.uint64] | None = None,
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+) -> Found:
     """The k best rows of each query that are not of an excluded group.
 
-    Fetches more and more until every query has k or the index is exhausted. A row is excluded by its group and by nothing
+    Fetches more and more until every query has k or there is nothing more. A row is excluded by its group and by nothing
     else: not by its place in the result, not by its score.
 
     Args:
-        index: Vectors.
-        store: The same rows' groups.
-        vectors_QX: Queries.
+        fetch: Gives the n best rows of some queries, by their numbers; where n is `num_rows`, all that there are.
+        num_queries: Q.
+        num_rows: The most that `fetch` can give.
         k: Rows wanted.
+        groups_of: Hash of the group of each row.
         excluded_QG: Hashes of the groups that each query may not have.
-
-    Returns:
-        Scores and rows [Q, k], best first; -inf and -1 where there is no further row.
     """
-    Q = len(vectors_QX)
-    scores_QK = np.full((Q, k), -np.inf, np.float32)
-    rows_QK = np.full((Q, k), -1, np.int64)
-    pending = np.arange(Q)
-    fetch = min(k + (OVER_FETCH if excluded_QG is not None else 0), len(index))
-    while len(pending):
+    scores_QK = np.full((num_queries, k), -np.inf, np.float32)
+    rows_QK = np.full((num_queries, k), -1, np.int64)
+    pending = np.arange(num_queries)
+    n = min(k + (OVER_FETCH if excluded_QG is not None else 0), num_rows)
+    while len(pending) and n:
         short = []
-        block = max(1, CANDIDATES // fetch)
+        block = max(1, CANDIDATES // n)
         for few in np.split(pending, range(block, len(pending), block)):
-            # What fills all the lists that are searched at first must not hide the others.
-            found_scores, found_rows = index.search(vectors_QX[few], fetch, all_lists=fetch == len(index))
+            found_scores, found_rows = fetch(few, n)
             keep = found_rows >= 0
             if excluded_QG is not None:
-                groups = store.groups(np.maximum(found_rows, 0))
+                groups = groups_of(np.maximum(found_rows, 0))
                 keep &= ~(groups[:, :, None] == excluded_QG[few][:, None, :]).any(axis=2)
             order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
             kept = np.take_along_axis(keep, order, axis=1)
@@ -65,50 +73,197 @@ def find_neighbors(
             scores_QK[few, :width] = np.where(kept, np.take_along_axis(found_scores, order, axis=1), -np.inf)
             rows_QK[few, :width] = np.where(kept, np.take_along_axis(found_rows, order, axis=1), -1)
             short.append(few[keep.sum(axis=1) < k])
-        if fetch == len(index):
+        if n == num_rows:
             break
         pending = np.concatenate(short)
-        fetch = min(fetch * 4, len(index))
+        n = min(n * 4, num_rows)
     return scores_QK, rows_QK
 
 
-class IndexRetriever:
-    """Passages of an index by meaning; implements `retro.generate.Retriever`."""
+@dataclass(slots=True)
+class Snapshot:
+    """One state of an index, as it was when it was opened; later changes of the folder do not touch it."""
 
-    def __init__(self, folder: Path, encoder: Encoder) -> None:
-        self.folder = folder
-        self.manifest = read_manifest(folder, "index")
-        made_with = self.manifest["encoder"]
-        if encoder.fingerprint != made_with["fingerprint"]:
-            raise MismatchError(
-                f"{folder} was built with the encoder {made_with['name']} ({made_with['fingerprint']}), not with "
-                f"{encoder.name} ({encoder.fingerprint}): their vectors cannot be compared. Use that encoder, or build again"
-            )
-        self.encoder = encoder
-        self.store = ChunkStore(folder)
-        self.index = VectorIndex.load(folder / INDEX_FILE)
-        if len(self.index) != self.store.num_chunks:
-            raise FormatError(
-                f"{folder} has {len(self.index):,} vectors for {self.store.num_chunks:,} chunks: build it again (--overwrite)"
-            )
+    folder: Path
+    manifest: dict[str, Any]
+    store: ChunkStore
+    index: VectorIndex
+    lexical: LexicalIndex | None
+    _masks: dict[Filter, NDArray[np.bool_]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: str | Path, *, device: str = "cpu", encoder: str | None = None) -> "IndexRetriever":
+    def open(cls, folder: Path, *, device: str = "cpu") -> "Snapshot":
+        """Opens the present state.
+
+        Raises:
+            FormatError: No index, unfinished or damaged.
+        """
+        while True:
+            state = open_manifest(folder, "index")["state"]
+            try:
+                return cls._open(folder, read_manifest(folder, "index"), device)
+            except FormatError:
+                # The next state may have come while this one was being opened, and its files gone.
+                if open_manifest(folder, "index")["state"] == state:
+                    raise
+
+    @classmethod
+    def _open(cls, folder: Path, manifest: dict[str, Any], device: str) -> "Snapshot":
+        dead_rows = None if manifest["removed"] is None else load_array(folder / manifest["removed"])
+        store = ChunkStore(folder, manifest["shards"], dead_rows)
+        if store.num_live_chunks != manifest["chunks"]:
+            raise FormatError(
+                f"{folder} holds {store.num_live_chunks:,} chunks, its manifest says {manifest['chunks']:,}: build it again "
+                "(--overwrite)"
+            )
+        vectors = open_vectors(folder, store.shards)
+        if len(vectors) != store.num_chunks:
+            raise FormatError(
+                f"{folder} has {len(vectors):,} vectors for {store.num_chunks:,} chunks: build it again (--overwrite)"
+            )
+        described = manifest["index"]
+        index = VectorIndex.open(folder / described["folder"], vectors, described, device=device, dead_N=store.dead_N)
+        words = manifest["lexical"]
+        lexical = None if words is None else LexicalIndex.open(folder / words["folder"], words["parts"])
+        return cls(folder, manifest, store, index, lexical)
+
+    def rows_where(self, where: Filter | None) -> NDArray[np.bool_] | None:
+        """Whether each row is of a document that fulfils a filter [N]; None where there is no filter."""
+        if where is None:
+            return None
+        if where not in self._masks:
+            while len(self._masks) >= 16:
+                self._masks.pop(next(iter(self._masks)))
+            keep_D = np.concatenate([np.empty(0, np.bool_), *(where.keep(table) for table in self.store.tables)])
+            self._masks[where] = keep_D[self.store.documents_of(np.arange(self.store.num_chunks))]
+        return self._masks[where]
+
+    def find(
+        self,
+        queries: Sequence[str],
+        vectors_QX: NDArray[np.float32] | None,
+        k: int,
+        *,
+        method: Method,
+        excluded_QG: NDArray[np.uint64] | None = None,
+        keep_N: NDArray[np.bool_] | None = None,
+    ) -> Found:
+        """The best rows of each query.
+
+        Args:
+            queries: Texts.
+            vectors_QX: Their vectors; not needed for `bm25`.
+            k: Rows wanted.
+            method: See Method.
+            excluded_QG: Hashes of the groups that each query may not have.
+            keep_N: Rows that may be found; those of removed documents never are.
+        """
+        n, dead_N = self.store.num_chunks, self.store.dead_N
+        alive_N = keep_N
+        if dead_N is not None:
+            alive_N = ~dead_N if keep_N is None else keep_N & ~dead_N
+
+        def dense(few: NDArray[np.int64], wanted: int) -> Found:
+            assert vectors_QX is not None
+            # What fills all the lists that are searched at first must not hide the others.
+            return self.index.search(vectors_QX[few], wanted, keep_N=keep_N, all_lists=wanted == n)
+
+        def words(few: NDArray[np.int64], wanted: int) -> Found:
+            return self._words().search([queries[q] for q in few], wanted, alive_N)
+
+        def best(fetch: Callable[[NDArray[np.int64], int], Found], wanted: int) -> Found:
+            return find_neighbors(fetch, len(queries), n, wanted, self.store.groups, excluded_QG)
+
+        if method == "dense":
+            return best(dense, k)
+        if method == "bm25":
+            return best(words, k)
+        wanted = min(max(FUSED, 4 * k), n)
+        if method == "hybrid":
+            return fuse([best(dense, wanted), best(words, wanted)], k)
+        _, rows_QK = best(dense, wanted)
+        scores_QK = self._words().score(queries, rows_QK)
+        order = np.argsort(-scores_QK, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(scores_QK, order, axis=1), np.take_along_axis(rows_QK, order, axis=1)
+
+    def _words(self) -> LexicalIndex:
+        if self.lexical is None:
+            raise ConfigError(
+                f"{self.folder} has no BM25 index (it was built with --lexical off): search it with --retriever dense, or "
+                "run `retro index compact --lexical english`"
+            )
+        return self.lexical
+
+
+class IndexRetriever:
+    """Passages of an index; implements `retro.generate.Retriever`.
+
+    It follows the folder: a document that was added or removed by anybody is there or gone at the next call.
+    """
+
+    def __init__(self, folder: Path, encoder: Encoder, *, method: Method = "dense", device: str = "cpu") -> None:
+        if method not in METHODS:
+            raise ConfigError(f"retriever {method!r} is unknown: use {', '.join(METHODS)}")
+        self.folder = folder
+        self.encoder = encoder
+        self.method: Method = method
+        self._device = device
+        self._seen = _identity(folder)
+        self._snapshot = Snapshot.open(folder, device=device)
+        self._check_encoder()
+        if method != "dense":
+            self._snapshot._words()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "cpu",
+        encoder: str | None = None,
+        method: Method = "dense",
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> "IndexRetriever":
         """Opens an index with the encoder it was built with.
 
         Args:
             path: Folder made by `retro index build`.
-            device: Where the encoder runs.
+            device: Where the encoder runs, and FAISS where it can.
             encoder: Where that encoder lies now, if not where it was.
+            method: How passages are found.
+            dtype: In which the encoder computes.
+            trust_remote_code: Whether code that comes with an encoder of the hub may run.
 
         Raises:
             FormatError: No index, unfinished or damaged.
             MismatchError: The encoder is another one.
+            ConfigError: The index has nothing to search by this method.
         """
         folder = Path(path)
         made_with = open_manifest(folder, "index")["encoder"]
-        opened = Encoder.open(encoder or made_with["name"], revision=made_with["revision"], device=device)
-        return cls(folder, opened)
+        opened = Encoder.reopen(
+            made_with, name=encoder, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        return cls(folder, opened, method=method, device=device)
+
+    def snapshot(self) -> Snapshot:
+        """The present state of the index, opened anew where it has changed."""
+        if (identity := _identity(self.folder)) != self._seen:
+            self._snapshot = Snapshot.open(self.folder, device=self._device)
+            self._seen = identity
+            self._check_encoder()
+        return self._snapshot
+
+    @property
+    def store(self) -> ChunkStore:
+        """Documents and chunks of the present state."""
+        return self.snapshot().store
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Of the present state."""
+        return self.snapshot().manifest
 
     @property
     def fingerprint(self) -> str:
@@ -123,16 +278,20 @@ class IndexRetriever:
         *,
         role: Role = "document",
         exclude: Sequence[Collection[str]] | None = None,
+        where: Filter | str | None = None,
     ) -> list[list[Passage]]:
         """See `retro.generate.Retriever`.
 
         Raises:
-            ConfigError: An empty query, or k larger than the index.
+            ConfigError: An empty query, a malformed filter, or k larger than the index.
         """
+        now = self.snapshot()
         if k < 1:
             raise ConfigError(f"k = {k}: ask for at least one passage")
-        if k > self.store.num_chunks:
-            raise ConfigError(f"k = {k} is more than the {self.store.num_chunks:,} chunks of {self.folder}: lower k")
+        if k > now.store.num_live_chunks:
+            raise ConfigError(
+                f"k = {k} is more than the {now.store.num_live_chunks:,} chunks of {self.folder}: lower k"
+            )
         for query in queries:
             if not query.strip():
                 raise ConfigError("the question is empty" if role == "query" else "a query is empty")
@@ -143,9 +302,42 @@ class IndexRetriever:
             width = max((len(groups) for groups in exclude), default=0)
             excluded_QG = np.zeros((len(queries), width), np.uint64)
             for row, groups in enumerate(exclude):
-                excluded_QG[row, : len(groups)] = [group_hash(group) for group in groups]
-        scores_QK, rows_QK = find_neighbors(self.index, self.store, self.encoder.encode(queries, role), k, excluded_QG)
+                excluded_QG[row, : len(groups)] = [name_hash(group) for group in groups]
+        keep_N = now.rows_where(Filter.parse(where) if isinstance(where, str) else where)
+        scores_QK, rows_QK = self.find(queries, k, role=role, excluded_QG=excluded_QG, keep_N=keep_N, snapshot=now)
         return [
-            [self.store.passage(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0]
+            [now.store.passage(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0]
             for rows, scores in zip(rows_QK.tolist(), scores_QK.tolist(), strict=True)
         ]
+
+    def find(
+        self,
+        queries: Sequence[str],
+        k: int,
+        *,
+        role: Role,
+        excluded_QG: NDArray[np.uint64] | None,
+        keep_N: NDArray[np.bool_] | None,
+        snapshot: Snapshot,
+    ) -> Found:
+        """Rows instead of passages, of one state of the index; see `Snapshot.find`."""
+        vectors_QX = None if self.method == "bm25" else self.encoder.encode(queries, role)
+        return snapshot.find(queries, vectors_QX, k, method=self.method, excluded_QG=excluded_QG, keep_N=keep_N)
+
+    def _check_encoder(self) -> None:
+        made_with = self._snapshot.manifest["encoder"]
+        if self.encoder.fingerprint != made_with["fingerprint"]:
+            raise MismatchError(
+                f"{self.folder} was built with the encoder {made_with['name']} ({made_with['fingerprint']}), not with "
+                f"{self.encoder.name} ({self.encoder.fingerprint}): their vectors cannot be compared. Use that encoder, or "
+                "build again"
+            )
+
+
+def _identity(folder: Path) -> tuple[int, int, int]:
+    """Changes with every state of an index: its manifest is replaced, never altered."""
+    try:
+        info = (folder / MANIFEST).stat()
+    except OSError:
+        return (0, 0, 0)
+    return info.st_ino, info.st_mtime_ns, info.st_size

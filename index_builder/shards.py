@@ -1,13 +1,14 @@
 """A corpus in shards: what building an index and building training data have in common when they read."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from index_builder.corpus import ReadOptions, Reject, read_documents
-from retro.artifact import storage_error, write_atomically
+from retro.artifact import TEMPORARY, storage_error, sync_folder
 from retro.chunks import Document
 
 Made = TypeVar("Made")
@@ -19,87 +20,115 @@ Progress = Callable[[str, int, int | None], None]
 class Shard(Generic[Made]):
     """Some documents in a row, and what was made of each."""
 
+    number: int
     documents: list[Document]
     made: list[Made]
-    records: int
-    """Corpus records read up to the end of this shard, rejected ones included."""
-    rejects: int
-    """Records rejected up to there."""
 
 
-def read_shards(
-    corpora: Sequence[str],
-    options: ReadOptions,
-    *,
-    make: Callable[[Document], Made],
-    size: Callable[[Made], int],
-    shard_size: int,
-    skip_records: int,
-    rejects_file: Path,
-    rejects_before: int,
-) -> Iterator[Shard[Made]]:
-    """Streams a corpus; a shard ends after the document with which its size reaches `shard_size`.
+class ShardReader(Generic[Made]):
+    """Streams a corpus once, in shards that follow from the corpus alone.
 
-    The same corpus gives the same shards, wherever reading begins. Rejected records are appended to `rejects_file` before the
-    shard that follows them is handed out.
+    A shard ends after the document with which its texts reach `shard_chars` characters. So whoever reads the corpus, from whatever
+    interruption on and for whichever of its shards, finds the same ones. Records that were left out are listed, as JSON lines of
+    file, line and reason, in a file that is there once the corpus was read to its end; none, no file.
 
-    Args:
-        corpora: See `read_documents`.
-        options: Likewise.
-        make: Called for each document.
-        size: Of what was made.
-        shard_size: See above.
-        skip_records: Records that earlier shards hold.
-        rejects_file: JSON lines of file, line and reason.
-        rejects_before: How many of its lines belong to earlier shards; later ones are cut off.
+    Attributes:
+        num_documents: Documents read so far, those of unwanted shards included; so are the other counts.
+        num_rejects: Records that could not be used.
+        num_duplicates: Documents that were left out because an earlier one says the same.
+        num_shards: Shards, once the corpus was read.
     """
-    _keep_lines(rejects_file, rejects_before)
-    documents: list[Document] = []
-    made: list[Made] = []
-    rejects: list[Reject] = []
-    total, records, num_rejects = 0, 0, rejects_before
-    for item in read_documents(corpora, options):
-        records += 1
-        if records <= skip_records:
-            continue
-        if isinstance(item, Reject):
-            rejects.append(item)
-            num_rejects += 1
-            continue
-        documents.append(item)
-        made.append(make(item))
-        total += size(made[-1])
-        if total >= shard_size:
-            _append(rejects_file, rejects)
-            yield Shard(documents=documents, made=made, records=records, rejects=num_rejects)
-            documents, made, rejects, total = [], [], [], 0
-    _append(rejects_file, rejects)
-    if documents:
-        yield Shard(documents=documents, made=made, records=records, rejects=num_rejects)
+
+    def __init__(
+        self,
+        corpora: Sequence[str],
+        options: ReadOptions,
+        *,
+        make: Callable[[Document], Made],
+        shard_chars: int,
+        rejects_file: Path | None,
+        wanted: Callable[[int], bool],
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Does not read yet.
+
+        Args:
+            corpora: See `read_documents`.
+            options: Likewise.
+            make: Called for each document of a wanted shard.
+            shard_chars: See above.
+            rejects_file: See above; None writes none.
+            wanted: Whether the shard of a number is to be made.
+            progress: Called with the number of documents read, now and then.
+        """
+        self._corpora = corpora
+        self._options = options
+        self._make = make
+        self._shard_chars = shard_chars
+        self._rejects_file = rejects_file
+        self._wanted = wanted
+        self._progress = progress
+        self.num_documents = self.num_rejects = self.num_duplicates = self.num_shards = 0
+
+    def __iter__(self) -> Iterator[Shard[Made]]:
+        documents: list[Document] = []
+        made: list[Made] = []
+        chars, wanted = 0, self._wanted(0)
+        with _RejectsFile(self._rejects_file) as rejects:
+            for item in read_documents(self._corpora, self._options):
+                if isinstance(item, Reject):
+                    rejects.add(item)
+                    self.num_duplicates += item.duplicate
+                    self.num_rejects += not item.duplicate
+                    continue
+                self.num_documents += 1
+                chars += len(item.text)
+                if wanted:
+                    documents.append(item)
+                    made.append(self._make(item))
+                if self._progress is not None and self.num_documents % 256 == 0:
+                    self._progress(self.num_documents)
+                if chars >= self._shard_chars:
+                    if wanted:
+                        yield Shard(number=self.num_shards, documents=documents, made=made)
+                    documents, made, chars = [], [], 0
+                    self.num_shards += 1
+                    wanted = self._wanted(self.num_shards)
+            if documents:
+                yield Shard(number=self.num_shards, documents=documents, made=made)
+            self.num_shards += chars > 0
+            if self._progress is not None:
+                self._progress(self.num_documents)
 
 
-def count_rejects(path: Path) -> int:
-    """Lines of a rejects file; 0 where there is none."""
-    return len(path.read_bytes().splitlines()) if path.is_file() else 0
+class _RejectsFile:
+    """JSON lines under a temporary name, renamed at the end of a whole reading."""
 
+    def __init__(self, path: Path | None) -> None:
+        self._path = path or Path(os.devnull)
+        self._temporary = self._path.with_name(self._path.name + TEMPORARY)
+        self._wanted = path is not None
+        self._file: Any = None
 
-def _append(path: Path, rejects: list[Reject]) -> None:
-    if not rejects:
-        return
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            for reject in rejects:
-                row: dict[str, Any] = asdict(reject)
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise storage_error(path, error) from error
+    def __enter__(self) -> "_RejectsFile":
+        return self
 
+    def add(self, reject: Reject) -> None:
+        if not self._wanted:
+            return
+        try:
+            self._file = self._file or self._temporary.open("w", encoding="utf-8")
+            self._file.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise storage_error(self._path, error) from error
 
-def _keep_lines(path: Path, count: int) -> None:
-    if not path.is_file():
-        return
-    lines = path.read_bytes().splitlines(keepends=True)[:count]
-    if lines:
-        write_atomically(path, lambda file: file.writelines(lines))
-    else:
-        path.unlink()
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.close()
+            if kind is None:
+                self._temporary.replace(self._path)
+                sync_folder(self._path.parent)
+        except OSError as error:
+            raise storage_error(self._path, error) from error

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,10 +20,13 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 UNFINISHED = "build.json"
 """The resolved configuration of an artifact that is being made; gone once the manifest is there."""
+CHANGE = "change.json"
+"""The resolved arguments of a change of a finished artifact that is under way; gone with the next state's manifest."""
 TEMPORARY = ".tmp"
 """Suffix of files that are being written; whatever bears it after a crash is rubbish."""
-HASHED_ON_OPEN = 64 << 20
-"""Files up to this many bytes are hashed whenever an artifact is opened; larger ones by `retro index verify` only."""
+HASHED_ON_OPEN = 256 << 20
+"""Bytes that are hashed whenever an artifact is opened, smallest files first; the others' sizes are compared, and their contents by
+`retro index verify` only."""
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -105,23 +108,20 @@ def remove_temporaries(folder: Path) -> None:
 
 def write_manifest(folder: Path, kind: str, fields: dict[str, Any]) -> None:
     """Completes an artifact: hashes every file below `folder` and writes the manifest, last."""
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in _content(folder)
-    }
+    files = {path.relative_to(folder).as_posix(): file_record(path) for path in _content(folder)}
     write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "kind": kind, **fields, "files": files})
 
 
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     """Opens an artifact: its manifest, after checking that all files are there and unaltered.
 
-    Sizes of all files are compared, and the SHA-256 of those up to `HASHED_ON_OPEN` bytes.
+    Sizes of all files are compared, and the SHA-256 of the smallest ones, up to `HASHED_ON_OPEN` bytes together.
 
     Raises:
         FormatError: There is no such folder, it is unfinished, of another kind or version, truncated or altered.
     """
     manifest = open_manifest(folder, kind)
-    problems = list(find_damage(folder, manifest, hash_up_to=HASHED_ON_OPEN))
+    problems = list(find_damage(folder, manifest, hash_bytes=HASHED_ON_OPEN))
     if problems:
         raise FormatError(f"{folder} is damaged: {'; '.join(problems[:3])}. Make it again (--overwrite)")
     return manifest
@@ -153,21 +153,23 @@ def open_manifest(folder: Path, kind: str) -> dict[str, Any]:
     return manifest
 
 
-def find_damage(folder: Path, manifest: dict[str, Any], *, hash_up_to: int | None = None) -> Iterator[str]:
+def find_damage(folder: Path, manifest: dict[str, Any], *, hash_bytes: int | None = None) -> Iterator[str]:
     """Describes each file that differs from the manifest.
 
     Args:
         folder: The artifact.
         manifest: Its manifest.
-        hash_up_to: Hash files up to this many bytes; None hashes all.
+        hash_bytes: How many bytes to hash at most, smallest files first; None hashes all.
     """
-    for name, record in manifest["files"].items():
+    hashed = 0
+    for name, record in sorted(manifest["files"].items(), key=lambda item: (item[1]["bytes"], item[0])):
         path = folder / name
+        hashed += record["bytes"]
         if not path.is_file():
             yield f"{name} is missing"
         elif path.stat().st_size != record["bytes"]:
             yield f"{name} has {path.stat().st_size:,} bytes instead of {record['bytes']:,} (truncated or altered)"
-        elif (hash_up_to is None or record["bytes"] <= hash_up_to) and sha256(path) != record["sha256"]:
+        elif (hash_bytes is None or hashed <= hash_bytes) and sha256(path) != record["sha256"]:
             yield f"{name} was altered (its SHA-256 differs from the manifest)"
 
 
@@ -228,6 +230,66 @@ def begin(folder: Path, kind: str, recipe: dict[str, Any], *, overwrite: bool) -
     remove_temporaries(folder)
     _mark_unfinished(folder, kind, recipe)
     return False
+
+
+def replace_manifest(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Puts a finished artifact into its next state in one atomic step, then deletes the files that no longer belong to it.
+
+    Whoever has the old state open goes on with it: nothing that it consists of is altered, and open files outlive their names.
+
+    Args:
+        folder: The artifact; all files of the new state are there.
+        manifest: Of the new state; `files` holds those of the old one, whose checksums are taken over.
+        names: All files of the new state, relative to the folder.
+
+    Returns:
+        The manifest as written.
+    """
+    known = manifest["files"]
+    files = {name: known.get(name) or file_record(folder / name) for name in sorted(names)}
+    manifest = manifest | {"files": files}
+    write_json(folder / MANIFEST, manifest)
+    (folder / CHANGE).unlink(missing_ok=True)
+    remove_unlisted(folder, files)
+    return manifest
+
+
+def remove_unlisted(folder: Path, files: Collection[str]) -> None:
+    """Deletes every file of an artifact that its manifest does not list: remains of old states and of killed changes."""
+    for path in list(_content(folder)):
+        if path.relative_to(folder).as_posix() not in files:
+            path.unlink(missing_ok=True)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            with contextlib.suppress(OSError):
+                path.rmdir()
+    remove_temporaries(folder)
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def link_file(source: Path, target: Path) -> None:
+    """The same file under another name: a hard link where the file system allows, else a copy; nothing where it is there already.
+
+    Raises:
+        StorageError: No space, no permission.
+    """
+    temporary = target.with_name(target.name + TEMPORARY)
+    try:
+        if target.is_file():
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        temporary.replace(target)
+    except OSError as error:
+        raise storage_error(target, error) from error
 
 
 def reopen(folder: Path, kind: str, recipe: dict[str, Any]) -> None:
@@ -298,7 +360,7 @@ def _short(value: Any) -> str:
 
 def _content(folder: Path) -> Iterable[Path]:
     """Every file that belongs to the artifact, in a fixed order."""
-    skipped = {MANIFEST, UNFINISHED, ".lock"}
+    skipped = {MANIFEST, UNFINISHED, CHANGE, ".lock"}
     return (
         path
         for path in sorted(folder.rglob("*"))
@@ -315,4 +377,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def _article(kind: str) -> str:
-    return {"index": "an index", "model": "a model", "tokenizer": "a tokenizer"}.get(kind, kind)
+    return {
+        "index part": "a part of an index",
+        "index": "an index",
+        "model": "a model",
+        "tokenizer": "a tokenizer",
+    }.get(kind, kind)

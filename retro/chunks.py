@@ -1,13 +1,15 @@
 """Documents, chunks of documents and training data on disk: the only reader and writer of these files.
 
 X.index/documents/00000.arrow   a shard of documents (Arrow IPC, memory-mapped)
-X.index/chunks/00000.npy        its chunks, int64 [n, 3]: document, first character, end character
+X.index/chunks/00000.npy        its chunks, int64 [n, 3]: document (counted in the shard), first and end character
 X.data/tokens/, neighbors/      a tokenized corpus and the neighbors of its chunks (class TrainingData)
 """
 
+import contextlib
 import functools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,8 @@ class Document:
     """Hex digest of all of the above but the key."""
     source: str
     """File and line, for messages; not stored."""
+    vector: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
+    """Made elsewhere [X], for a document that is one chunk; stored with the vectors, not with the document."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +71,9 @@ class Passage:
         return self.text + self.continuation
 
 
-def group_hash(group: str) -> int:
-    """64 bits that stand for a group's name."""
-    import hashlib
-
-    return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "little")
+def name_hash(name: str) -> int:
+    """64 bits that stand for the name of a group or the key of a document."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 # --- chunks of a text ---------------------------------------------------------------------------------------------
@@ -95,34 +97,38 @@ def chunk_spans(encoded: Encoded, chunk_len: int) -> Int64s:
 # --- the chunk store of an index ----------------------------------------------------------------------------------
 
 _TEXT_COLUMNS = ("key", "title", "url", "group", "split", "metadata", "content_hash", "text")
-_SCHEMA = pa.schema([(name, pa.large_string()) for name in _TEXT_COLUMNS] + [("group_hash", pa.uint64())])
+_SCHEMA = pa.schema(
+    [(name, pa.large_string()) for name in _TEXT_COLUMNS] + [("key_hash", pa.uint64()), ("group_hash", pa.uint64())]
+)
 
 
-def shard_path(folder: Path, number: int, suffix: str) -> Path:
+def shard_path(folder: Path, number: int | str, suffix: str) -> Path:
     """Path of one numbered shard."""
-    return folder / f"{number:05d}{suffix}"
+    return folder / (f"{number:05d}{suffix}" if isinstance(number, int) else f"{number}{suffix}")
 
 
-def write_documents(folder: Path, number: int, documents: Sequence[Document], chunks_N3: Int64s, records: int) -> None:
+def write_documents(folder: Path, shard: int | str, documents: Sequence[Document], spans: Sequence[Int64s]) -> None:
     """Writes one shard of documents and its chunks; the documents come last, so that their presence means both.
 
     Args:
         folder: The index.
-        number: Of the shard.
-        documents: In corpus order.
-        chunks_N3: Document (counted over the whole index), first and end character of every chunk.
-        records: Corpus records read so far, rejected ones included: where reading goes on.
+        shard: Its number or name.
+        documents: In order.
+        spans: First and end character of each chunk [n, 2], of each document.
     """
-    columns = [pa.array([getattr(d, name) for d in documents], pa.large_string()) for name in _TEXT_COLUMNS]
-    hashes = pa.array([group_hash(d.group) for d in documents], pa.uint64())
-    table = pa.Table.from_arrays([*columns, hashes], schema=_SCHEMA.with_metadata({"records": str(records)}))
+    columns: list[Any] = [pa.array([getattr(d, name) for d in documents], pa.large_string()) for name in _TEXT_COLUMNS]
+    columns.append(pa.array([name_hash(d.key) for d in documents], pa.uint64()))
+    columns.append(pa.array([name_hash(d.group) for d in documents], pa.uint64()))
+    table = pa.Table.from_arrays(columns, schema=_SCHEMA)
+    owner_N = np.repeat(np.arange(len(spans)), [len(s) for s in spans])
+    chunks_N3 = np.concatenate([owner_N[:, None], np.concatenate([np.empty((0, 2), np.int64), *spans])], axis=1)
 
     def write(file: Any) -> None:
         with pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
 
-    save_array(shard_path(folder / "chunks", number, ".npy"), chunks_N3)
-    write_atomically(shard_path(folder / "documents", number, ".arrow"), write)
+    save_array(shard_path(folder / "chunks", shard, ".npy"), chunks_N3.astype(np.int64))
+    write_atomically(shard_path(folder / "documents", shard, ".arrow"), write)
 
 
 def save_array(path: Path, array: NDArray[Any]) -> None:
@@ -160,58 +166,133 @@ def load_array(path: Path) -> NDArray[Any]:
 class ChunkStore:
     """Read access to the documents and chunks of an index, by row, through memory maps.
 
-    A row is the number of a chunk in corpus order, 64 bit and stable.
+    A row is the number of a chunk in the order of the shards, 64 bit and stable until the index is compacted. Documents are
+    numbered likewise. Rows of removed documents keep their numbers.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shards: Sequence[str] | None = None, dead_rows: Int64s | None = None) -> None:
+        """Opens shards.
+
+        Args:
+            folder: The index.
+            shards: Names of its shards in order; None takes all that are there.
+            dead_rows: Rows of removed documents.
+
+        Raises:
+            FormatError: A shard is missing or damaged.
+        """
         self.folder = folder
-        self._tables: list[pa.Table] = []
+        self.shards = sorted(p.stem for p in (folder / "documents").glob("*.arrow")) if shards is None else list(shards)
+        _allow_open_files(3 * len(self.shards))
+        self.tables: list[pa.Table] = []
+        """The documents of each shard: key, title, url, group, split, metadata, content_hash, text, key_hash, group_hash."""
         self._chunks: list[Int64s] = []
-        for path in sorted((folder / "documents").glob("*.arrow")):
+        for name in self.shards:
+            path = shard_path(folder / "documents", name, ".arrow")
             try:
-                self._tables.append(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+                self.tables.append(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+            except FileNotFoundError as error:
+                raise FormatError(f"{path} is missing") from error
             except (pa.ArrowInvalid, OSError) as error:
                 raise FormatError(f"{path} is damaged: {error}") from error
-            self._chunks.append(load_array(folder / "chunks" / f"{path.stem}.npy"))
-        self._first_document = np.cumsum([0, *(t.num_rows for t in self._tables)])
-        self._first_row = np.cumsum([0, *(len(c) for c in self._chunks)])
+            self._chunks.append(load_array(shard_path(folder / "chunks", name, ".npy")))
+        self.first_document = np.cumsum([0, *(t.num_rows for t in self.tables)])
+        """Number of the first document of each shard, and the end."""
+        self.first_row = np.cumsum([0, *(len(c) for c in self._chunks)])
+        """First row of each shard, and the end."""
+        self.dead_N: NDArray[np.bool_] | None = None
+        """Whether each row is of a removed document; None where none is."""
+        self.dead_documents: Int64s = np.empty(0, np.int64)
+        """Numbers of the removed documents."""
+        if dead_rows is not None and len(dead_rows):
+            if dead_rows[-1] >= self.num_chunks:
+                raise FormatError(f"{folder} lists row {dead_rows[-1]} as removed, but has {self.num_chunks:,} chunks")
+            self.dead_N = np.zeros(self.num_chunks, np.bool_)
+            self.dead_N[dead_rows] = True
+            self.dead_documents = np.unique(self.documents_of(dead_rows))
 
     @property
     def num_documents(self) -> int:
-        return int(self._first_document[-1])
+        """Documents in the shards, removed ones included."""
+        return int(self.first_document[-1])
 
     @property
     def num_chunks(self) -> int:
-        """N: rows of the index."""
-        return int(self._first_row[-1])
+        """N: rows of the index, those of removed documents included."""
+        return int(self.first_row[-1])
 
     @property
-    def num_shards(self) -> int:
-        return len(self._tables)
+    def num_live_chunks(self) -> int:
+        """Rows that a search can return."""
+        return self.num_chunks - (0 if self.dead_N is None else int(self.dead_N.sum()))
 
-    def records_read(self) -> int:
-        """Corpus records that the shards so far came from, rejected ones included."""
-        if not self._tables:
-            return 0
-        return int(self._tables[-1].schema.metadata[b"records"])
+    def numbered_keys(self) -> Iterator[tuple[int, str]]:
+        """Numbers and keys of all documents that were not removed, in order."""
+        keys = (key for table in self.tables for key in table["key"].to_pylist())
+        return ((n, key) for n, (key, dead) in enumerate(zip(keys, self._dead_D.tolist(), strict=True)) if not dead)
 
-    def keys(self) -> Iterable[str]:
-        """The keys of all documents, in order."""
-        for table in self._tables:
-            yield from table["key"].to_pylist()
+    def live_documents(self) -> Iterator[tuple[Document, Int64s, int]]:
+        """The documents that were not removed, in order, with the spans of their chunks [n, 2] and their first row."""
+        number = row = 0
+        for shard in range(len(self.shards)):
+            for document, spans in self.shard_documents(shard):
+                if not self._dead_D[number]:
+                    yield document, spans, row
+                number += 1
+                row += len(spans)
+
+    def find(self, key: str) -> int | None:
+        """Number of the document with this key; None where there is none, or it was removed."""
+        order, hashes = self._keys
+        wanted = np.uint64(name_hash(key))
+        place = int(np.searchsorted(hashes, wanted))
+        while place < len(hashes) and hashes[place] == wanted:
+            number = int(order[place])
+            if self.field("key", number) == key and not self._dead_D[number]:
+                return number
+            place += 1
+        return None
+
+    def field(self, name: str, document: int) -> str:
+        """One of the texts that are kept of a document."""
+        shard = int(np.searchsorted(self.first_document, document, side="right")) - 1
+        value: str = self.tables[shard][name][document - int(self.first_document[shard])].as_py()
+        return value
+
+    @functools.cached_property
+    def _keys(self) -> tuple[Int64s, NDArray[np.uint64]]:
+        """Documents in the order of the hashes of their keys, and these hashes."""
+        hashes = np.concatenate([np.empty(0, np.uint64), *(t["key_hash"].to_numpy() for t in self.tables)])
+        order = np.argsort(hashes, kind="stable")
+        return order, hashes[order]
+
+    @functools.cached_property
+    def _dead_D(self) -> NDArray[np.bool_]:  # noqa: N802
+        dead_D = np.zeros(self.num_documents, np.bool_)
+        dead_D[self.dead_documents] = True
+        return dead_D
 
     def shard_texts(self, shard: int) -> list[tuple[str, str]]:
         """Title and text of every chunk of one shard."""
         texts: list[tuple[str, str]] = []
-        loaded, text, title = -1, "", ""
-        first = int(self._first_document[shard])
-        for document, start, end in self._chunks[shard].tolist():
-            if document != loaded:
-                loaded = document
-                text = self._tables[shard]["text"][document - first].as_py()
-                title = self._tables[shard]["title"][document - first].as_py()
-            texts.append((title, text[start:end]))
+        for document, spans in self.shard_documents(shard):
+            texts += [(document.title, document.text[start:end]) for start, end in spans.tolist()]
         return texts
+
+    def shard_documents(self, shard: int) -> Iterator[tuple[Document, Int64s]]:
+        """The documents of one shard, removed ones included, with the spans of their chunks [n, 2]."""
+        chunks_N3, table = np.asarray(self._chunks[shard]), self.tables[shard]
+        bounds = np.searchsorted(chunks_N3[:, 0], np.arange(table.num_rows + 1))
+        for entry in range(table.num_rows):
+            values = {name: table[name][entry].as_py() for name in _TEXT_COLUMNS}
+            yield Document(**values, source=""), chunks_N3[bounds[entry] : bounds[entry + 1], 1:]
+
+    def rows_of(self, documents: Int64s) -> Int64s:
+        """All rows of some documents, ascending."""
+        order = np.sort(np.asarray(documents, np.int64))
+        first = np.searchsorted(self._document_of_row, order, side="left")
+        end = np.searchsorted(self._document_of_row, order, side="right")
+        return np.concatenate([np.empty(0, np.int64), *(np.arange(a, b) for a, b in zip(first, end, strict=True))])
 
     def groups(self, rows: Int64s) -> NDArray[np.uint64]:
         """Hash of the group of each row, any shape; rows must exist."""
@@ -223,11 +304,12 @@ class ChunkStore:
 
     @functools.cached_property
     def _document_of_row(self) -> Int64s:
-        return np.concatenate([np.empty(0, np.int64), *(c[:, 0] for c in self._chunks)])
+        numbered = [c[:, 0] + first for c, first in zip(self._chunks, self.first_document.tolist(), strict=False)]
+        return np.concatenate([np.empty(0, np.int64), *numbered])
 
     @functools.cached_property
     def _group_of_document(self) -> NDArray[np.uint64]:
-        return np.concatenate([np.empty(0, np.uint64), *(t["group_hash"].to_numpy() for t in self._tables)])
+        return np.concatenate([np.empty(0, np.uint64), *(t["group_hash"].to_numpy() for t in self.tables)])
 
     def passage(self, row: int, score: float = 0.0) -> Passage:
         """The chunk of a row with its continuation.
@@ -237,14 +319,13 @@ class ChunkStore:
         """
         if not 0 <= row < self.num_chunks:
             raise IndexError(f"row {row} is not in [0, {self.num_chunks})")
-        shard = int(np.searchsorted(self._first_row, row, side="right")) - 1
-        chunks_N3, local = self._chunks[shard], row - int(self._first_row[shard])
-        document, start, end = (int(x) for x in chunks_N3[local])
+        shard = int(np.searchsorted(self.first_row, row, side="right")) - 1
+        chunks_N3, local = self._chunks[shard], row - int(self.first_row[shard])
+        entry, start, end = (int(x) for x in chunks_N3[local])
         continued = end
-        if local + 1 < len(chunks_N3) and chunks_N3[local + 1, 0] == document:
+        if local + 1 < len(chunks_N3) and chunks_N3[local + 1, 0] == entry:
             continued = int(chunks_N3[local + 1, 2])
-        entry = document - int(self._first_document[shard])
-        table = self._tables[shard]
+        table = self.tables[shard]
         text: str = table["text"][entry].as_py()
         return Passage(
             row=row,
@@ -256,6 +337,18 @@ class ChunkStore:
             score=score,
             metadata=table["metadata"][entry].as_py(),
         )
+
+
+def _allow_open_files(count: int) -> None:
+    """A memory map holds its file open; raises this process's limit as far as the system allows."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        new = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (new, hard))
 
 
 # --- training data ------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ class Retriever(Protocol):
         *,
         role: Role = "document",
         exclude: Sequence[Collection[str]] | None = None,
+        where: str | None = None,
     ) -> list[list[Passage]]:
         """The k best passages for each query, best first; fewer only where there are no more.
 
@@ -35,6 +36,7 @@ class Retriever(Protocol):
             k: Passages wanted.
             role: How the queries are encoded.
             exclude: For each query, groups whose passages are left out.
+            where: A condition on the documents, as in `lang = "en" and year >= 2000`.
         """
         ...
 

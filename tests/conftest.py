@@ -3,6 +3,7 @@
 import json
 import lzma
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -168,7 +169,7 @@ def tiny_index(corpus: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPa
     from index_builder.config import BuildConfig
 
     folder = tmp_path_factory.mktemp("indexes") / "tiny.index"
-    build_index([str(corpus)], folder, BuildConfig(encoder=str(tiny_encoder), chunk_len=32, shard_chunks=50))
+    build_index([str(corpus)], folder, BuildConfig(encoder=str(tiny_encoder), chunk_len=32, shard_chars=6_000))
     return folder
 
 
@@ -194,14 +195,17 @@ def retro(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.fixture(scope="session")
 def folder_bytes() -> Callable[[Path], dict[str, bytes]]:
-    """Reads every file of an artifact, its manifest included; only the lock is left out."""
+    """Reads every file of an artifact, its manifest included; only the lock and measured times are left out."""
 
     def read(folder: Path) -> dict[str, bytes]:
-        return {
+        files = {
             path.relative_to(folder).as_posix(): path.read_bytes()
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name != ".lock"
         }
+        if b'"queries_per_s' in files.get("manifest.json", b""):
+            files["manifest.json"] = re.sub(rb'("queries_per_s\w*"): [0-9.e+-]+', rb"\1: 0", files["manifest.json"])
+        return files
 
     return read
 
@@ -227,6 +231,7 @@ _HARNESS = """
 import json, os, shutil, signal, sys
 from pathlib import Path
 import faiss, sentence_transformers, torch, transformers
+from index_builder import live
 from index_builder.build import build_index
 from index_builder.config import BuildConfig, DataConfig
 from index_builder.corpus import ReadOptions
@@ -246,6 +251,17 @@ def work(job, out):
         options["read"] = ReadOptions(**options["read"])
     if job["make"] == "index":
         build_index([job["corpus"]], out, BuildConfig(**options))
+    elif job["make"] == "change":
+        if not out.is_dir():
+            shutil.copytree(job["index"], out)
+        if options["change"] in ("add", "update"):
+            live.add_documents(out, [job["corpus"]], update=options["change"] == "update")
+        elif options["change"] == "remove":
+            live.remove_documents(out, options["keys"])
+        elif options["change"] == "sync":
+            live.sync_folder(out, job["corpus"], delete=options["delete"])
+        else:
+            live.compact_index(out)
     else:
         build_training_data([job["corpus"]], out, tokenizer=opened["tokenizer"], retriever=opened["retriever"],
                             config=DataConfig(**options))
@@ -308,9 +324,9 @@ print(json.dumps(results))
 def in_processes() -> Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]:
     """Makes artifacts in processes that are killed, and makes them again.
 
-    A job has `make` ("index" or "data"), `corpus`, `config`, `out`, and for data `index` and `tokenizer`. It is done once
-    without interruption in `out/whole`. With `stride`, it is killed with SIGKILL before the first and every stride-th step
-    that changes the disk (a file renamed to its place or deleted) and then done again, each time in a folder of its own;
+    A job has `make` ("index", "data" or "change"), `corpus`, `config`, `out`, for data and
+    changes `index`, for data `tokenizer`. It is done once without interruption in `out/whole`. With `stride`, it is killed with
+    SIGKILL before the first and every stride-th step that changes the disk (a file renamed to its place or deleted) and then done again, each time in a folder of its own;
     what the kill left is kept in `out/remains<n>`.
     """
 

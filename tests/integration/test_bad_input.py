@@ -241,7 +241,7 @@ def test_an_encoder_that_is_not_there(retro: Run, corpus: Path, tmp_path: Path) 
     ("options", "part"),
     [
         (("--chunk-len", "1"), "chunk_len = 1: a chunk has at least 2 tokens"),
-        (("--shard-chunks", "0"), "shard_chunks = 0: must be above 0"),
+        (("--shard-chars", "0"), "shard_chars = 0: must be above 0"),
         (
             ("--index-type", "Nonsense"),
             "FAISS does not know the index type 'Nonsense' for 32 dimensions; examples: Flat",
@@ -452,10 +452,10 @@ def test_a_full_disk_is_one_line_and_the_command_can_be_run_again(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        outcome = build(corpus, "--limit", 10, "--shard-chunks", 5)
+        outcome = build(corpus, "--limit", 10, "--shard-chars", 1000)
     refused(outcome, "the disk is full (", "What is finished is kept: make room and run the same command again")
     kept = sorted(path.name for path in (tmp_path / "x.index" / "documents").iterdir())
-    again = build(corpus, "--limit", 10, "--shard-chunks", 5, "--json")
+    again = build(corpus, "--limit", 10, "--shard-chars", 1000, "--json")
     assert json.loads(again.out)["documents"] == 10
     assert kept
     assert set(kept) <= {path.name for path in (tmp_path / "x.index" / "documents").iterdir()}

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,8 +14,7 @@ from index_builder.build import build_index, train_tokenizer, verify_index
 from index_builder.config import BuildConfig
 from index_builder.corpus import ReadOptions, describe_corpora, read_documents
 from index_builder.encoder import Encoder
-from index_builder.index import VectorIndex
-from index_builder.search import INDEX_FILE, IndexRetriever
+from index_builder.search import IndexRetriever, Snapshot
 from retro.artifact import read_manifest
 from retro.chunks import ChunkStore, chunk_spans, load_array
 from retro.errors import ConfigError, CorpusError, FormatError, StorageError
@@ -52,11 +50,11 @@ def test_an_index_holds_the_chunks_of_the_corpus_in_order(corpus: Path, tiny_ind
     passages = [store.passage(row) for row in range(store.num_chunks)]
     assert [(passage.key, passage.title, passage.text) for passage in passages] == expected
     # A shard ends with the document that fills it.
-    counts = Counter(key for key, _, _ in expected)
     shards, size = 0, 0
-    for count in counts.values():
-        shards, size = (shards + 1, 0) if size + count >= 50 else (shards, size + count)
-    assert store.num_shards == shards + (size > 0)
+    for record in map(json.loads, corpus.read_text(encoding="utf-8").splitlines()):
+        size += len(record["text"])
+        shards, size = (shards + 1, 0) if size >= 6_000 else (shards, size)
+    assert len(store.shards) == shards + (size > 0) > 2
 
 
 def test_vectors_are_those_of_the_chunks_as_documents(tiny_index: Path, tiny_encoder: Path) -> None:
@@ -66,7 +64,7 @@ def test_vectors_are_those_of_the_chunks_as_documents(tiny_index: Path, tiny_enc
     stored = vectors_of(tiny_index)
     assert stored.dtype == np.float16
     np.testing.assert_allclose(stored, expected, rtol=1e-3, atol=1e-4)
-    index = VectorIndex.load(tiny_index / INDEX_FILE)
+    index = Snapshot.open(tiny_index).index
     assert index.search(stored.astype(np.float32), 1)[1][:, 0].tolist() == list(range(store.num_chunks))
 
 
@@ -90,7 +88,7 @@ def test_the_manifest_says_what_is_there_and_how_it_was_made(
     assert manifest["index"]["factory"] == "Flat"
     assert manifest["index"]["metric"] == "inner product"
     assert manifest["recipe"]["corpora"] == describe_corpora([str(corpus)])
-    assert manifest["recipe"]["config"]["shard_chunks"] == 50
+    assert manifest["recipe"]["config"]["shard_chars"] == 6_000
     assert Tokenizer.load(str(tiny_index)).fingerprint == manifest["tokenizer_fingerprint"]
     listed = set(manifest["files"])
     there = {p.relative_to(tiny_index).as_posix() for p in tiny_index.rglob("*") if p.is_file()}
@@ -104,7 +102,7 @@ def test_an_encoder_that_does_not_normalize_is_searched_by_l2(
     config = BuildConfig(encoder=str(prompted_encoder), chunk_len=32, read=ReadOptions(limit=8))
     build_index([str(corpus)], tmp_path / "x.index", config)
     retriever = IndexRetriever.open(tmp_path / "x.index")
-    assert retriever.index.metric == "L2"
+    assert retriever.snapshot().index.metric == "L2"
     question = "When did the oil crisis begin?"
     query_X = retriever.encoder.encode([question], "query")[0].astype(np.float64)
     distances_N = ((vectors_of(tmp_path / "x.index").astype(np.float64) - query_X) ** 2).sum(axis=1)
@@ -163,30 +161,32 @@ def test_several_corpora_can_share_ids(tiny_encoder: Path, tmp_path: Path) -> No
     a = write_corpus(tmp_path / "a.jsonl", [{"id": 1, "text": "oil"}])
     b = write_corpus(tmp_path / "b.jsonl", [{"id": 1, "text": "gas"}])
     build_index([str(a), f"second={b}"], tmp_path / "x.index", BuildConfig(encoder=str(tiny_encoder)))
-    assert list(ChunkStore(tmp_path / "x.index").keys()) == ["a:1", "second:1"]
+    assert [key for _, key in ChunkStore(tmp_path / "x.index").numbered_keys()] == ["a:1", "second:1"]
 
 
 def test_an_index_with_inverted_lists_is_built_over_several_shards(
     corpus: Path, tiny_encoder: Path, tiny_index: Path, tmp_path: Path
 ) -> None:
-    config = BuildConfig(encoder=str(tiny_encoder), chunk_len=32, shard_chunks=50, index_type="IVF4,Flat")
-    build_index([str(corpus)], tmp_path / "ivf.index", config)
+    config = BuildConfig(encoder=str(tiny_encoder), chunk_len=32, shard_chars=6_000, index_type="IVF4,Flat", recall=1.0)
+    manifest = build_index([str(corpus)], tmp_path / "ivf.index", config)
     exact, ivf = IndexRetriever.open(tiny_index), IndexRetriever.open(tmp_path / "ivf.index")
-    # All four lists are searched, so that it is exact as well.
+    # Tuned to a recall of 1, it searches all four lists, so that it is exact as well.
+    assert manifest["index"]["nprobe"] == 4
+    assert manifest["index"]["measured"]["recall_at_10"] == 1.0
     assert ivf.retrieve(["oil", "rain"], 9) == exact.retrieve(["oil", "rain"], 9)
 
 
 # Rejected records
 
 
-@pytest.mark.parametrize("shard_chunks", [1, 2, 100])
+@pytest.mark.parametrize("shard_chars", [1, 14, 100])
 def test_rejected_records_are_counted_and_listed_wherever_they_stand(
-    tiny_encoder: Path, tmp_path: Path, shard_chunks: int
+    tiny_encoder: Path, tmp_path: Path, shard_chars: int
 ) -> None:
     good: list[dict[str, Any]] = [{"id": number, "text": f"text {number}"} for number in range(4)]
     records: list[dict[str, Any] | str] = [BAD, good[0], good[1], BAD, {"text": ""}, good[2], good[3], BAD, BAD]
     corpus = write_corpus(tmp_path / "c.jsonl", records)
-    config = BuildConfig(encoder=str(tiny_encoder), shard_chunks=shard_chunks, read=ReadOptions(on_error="skip"))
+    config = BuildConfig(encoder=str(tiny_encoder), shard_chars=shard_chars, read=ReadOptions(on_error="skip"))
     manifest = build_index([str(corpus)], tmp_path / "x.index", config)
     listed = [json.loads(line) for line in (tmp_path / "x.index" / "rejects.jsonl").read_text().splitlines()]
     assert [(reject["file"], reject["line"]) for reject in listed] == [(str(corpus), n) for n in (1, 4, 5, 8, 9)]
@@ -207,7 +207,7 @@ def test_a_second_call_changes_nothing_and_reads_nothing(
     copied = shutil.copytree(tiny_index, tmp_path / "x.index")
     times = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.name != ".lock"}
     before = folder_bytes(copied)
-    config = BuildConfig(encoder=str(tiny_encoder), chunk_len=32, shard_chunks=50)
+    config = BuildConfig(encoder=str(tiny_encoder), chunk_len=32, shard_chars=6_000)
     reports: list[Any] = []
     manifest = build_index([str(corpus)], copied, config, progress=lambda *report: reports.append(report))
     assert manifest == read_manifest(tiny_index, "index")
@@ -218,11 +218,11 @@ def test_a_second_call_changes_nothing_and_reads_nothing(
 
 def test_progress_reaches_the_end_of_every_stage(corpus: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     reports: list[tuple[str, int, int | None]] = []
-    config = BuildConfig(encoder=str(tiny_encoder), chunk_len=32, shard_chunks=10, read=ReadOptions(limit=6))
+    config = BuildConfig(encoder=str(tiny_encoder), chunk_len=32, shard_chars=1_500, read=ReadOptions(limit=6))
     manifest = build_index([str(corpus)], tmp_path / "x.index", config, progress=lambda *r: reports.append(r))
     n = manifest["chunks"]
     last = {stage: (done, total) for stage, done, total in reports}
-    assert last == {"read": (6, None), "encode": (n, n), "index": (n, n)}
+    assert last == {"read": (6, None), "encode": (n, n), "index": (n, n), "BM25": (n, n)}
     for stage in last:
         done = [report[1] for report in reports if report[0] == stage]
         assert done == sorted(set(done))
@@ -272,7 +272,7 @@ def test_a_corpus_that_breaks_off_keeps_what_was_read(
 ) -> None:
     records: list[dict[str, Any] | str] = [{"id": n, "text": f"text {n}"} for n in range(5)]
     corpus = write_corpus(tmp_path / "c.jsonl", [*records, BAD])
-    config = BuildConfig(encoder=str(tiny_encoder), shard_chunks=2)
+    config = BuildConfig(encoder=str(tiny_encoder), shard_chars=12)
     with pytest.raises(CorpusError, match=r"c\.jsonl:6"):
         build_index([str(corpus)], tmp_path / "x.index", config)
     assert ChunkStore(tmp_path / "x.index").num_documents == 4
@@ -288,7 +288,9 @@ STEPS = [
     *("chunks/00000.npy", "documents/00000.arrow", "chunks/00001.npy", "documents/00001.arrow"),
     *("chunks/00002.npy", "documents/00002.arrow", "documents/counts.json"),
     *("vectors/00000.npy", "vectors/00001.npy", "vectors/00002.npy"),
-    *("index/vectors.faiss", "manifest.json"),
+    *("index/trained.faiss", "index/part-00000.faiss", "index/part-00000.faiss"),  # written; then it becomes the segment
+    *("lexical/part-00000.counts", "lexical/words.npy", "lexical/frequencies.npy", "lexical/part-00000.bm25"),
+    *("lexical/part-00000.counts", "lexical/statistics.json", "manifest.json"),
 ]
 
 
@@ -307,7 +309,7 @@ def killed(
     config = {
         "encoder": str(tiny_encoder),
         "chunk_len": 16,
-        "shard_chunks": 6,
+        "shard_chars": 400,
         "index_type": "IVF2,Flat",
         "read": {"on_error": "skip"},
     }
@@ -367,7 +369,7 @@ def test_settings_that_changed_after_a_kill_are_refused_and_what_is_there_is_kep
     config = BuildConfig(
         encoder=str(tiny_encoder),
         chunk_len=32,
-        shard_chunks=6,
+        shard_chars=400,
         index_type="IVF2,Flat",
         read=ReadOptions(on_error="skip"),
     )
@@ -383,13 +385,13 @@ def test_settings_that_changed_after_a_kill_are_refused_and_what_is_there_is_kep
 def with_room(corpus: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An index of short chunks, whose vectors take more room than anything before them."""
     folder = tmp_path_factory.mktemp("room") / "x.index"
-    build_index([str(corpus)], folder, BuildConfig(encoder=str(tiny_encoder), chunk_len=4))
+    build_index([str(corpus)], folder, BuildConfig(encoder=str(tiny_encoder), chunk_len=4, index_type="IVF4,Flat"))
     return folder
 
 
 @pytest.mark.parametrize(
     ("num_bytes", "refused"),
-    [(5_000, "tokenizer.json"), (70_000, "vectors/00000.npy"), (150_000, "index/vectors.faiss")],
+    [(5_000, "tokenizer.json"), (70_000, "vectors/00000.npy"), (250_000, "index/part-00000.faiss")],
 )
 def test_a_full_disk_says_so_and_the_build_goes_on_once_there_is_room(
     corpus: Path,
@@ -401,7 +403,7 @@ def test_a_full_disk_says_so_and_the_build_goes_on_once_there_is_room(
     num_bytes: int,
     refused: str,
 ) -> None:
-    config = BuildConfig(encoder=str(tiny_encoder), chunk_len=4)
+    config = BuildConfig(encoder=str(tiny_encoder), chunk_len=4, index_type="IVF4,Flat")
     with pytest.raises(StorageError) as caught, file_limit(num_bytes):
         build_index([str(corpus)], tmp_path / "x.index", config)
     message = str(caught.value)

@@ -25,7 +25,7 @@ from retro.tokenizer import Tokenizer
 FolderBytes = Callable[[Path], dict[str, bytes]]
 M, K, R = 16, 3, 80  # a chunk of the index is some 60 tokens here, so that R cuts inside the continuation
 CONFIG = DataConfig(
-    num_neighbors=K, neighbor_len=R, chunk_len=M, shard_chunks=100, valid_share=0.2, test_share=0.2, seed=3
+    num_neighbors=K, neighbor_len=R, chunk_len=M, shard_chars=4_000, valid_share=0.2, test_share=0.2, seed=3
 )
 
 
@@ -121,7 +121,7 @@ def test_neighbors_are_the_best_rows_of_other_groups(made: Made) -> None:
     # Chunks are encoded as documents and without a title, whatever the stored keys have.
     asked = [(chunk, document, query) for chunk, document, query in chunks if query]
     vectors_QX = made.retriever.encoder.encode([query for _, _, query in asked], "document").astype(np.float64)
-    if made.retriever.index.metric == "L2":
+    if made.retriever.snapshot().index.metric == "L2":
         scores_QN = -((vectors_QX[:, None] - stored_NX[None]) ** 2).sum(axis=2)
     else:
         scores_QN = vectors_QX @ stored_NX.T
@@ -435,7 +435,7 @@ def test_rejected_records_are_counted_and_listed(
     tokenizer: Tokenizer, retriever: IndexRetriever, tmp_path: Path
 ) -> None:
     records: list[dict[str, Any]] = [{"text": ""}, {"text": "oil price " * 4}, {"text": "oil"}, {"text": ""}]
-    data = build_small(tmp_path, records, tokenizer, retriever, shard_chunks=1, read=ReadOptions(on_error="skip"))
+    data = build_small(tmp_path, records, tokenizer, retriever, shard_chars=1, read=ReadOptions(on_error="skip"))
     listed = [json.loads(line) for line in (tmp_path / "x.data" / "rejects.jsonl").read_text().splitlines()]
     assert [reject["line"] for reject in listed] == [1, 4]
     assert (data.manifest["documents"], data.manifest["rejects"]) == (2, 2)
@@ -463,7 +463,7 @@ def test_data_killed_in_every_stage_goes_on_to_the_same_bytes(
             "num_neighbors": 2,
             "neighbor_len": 16,
             "chunk_len": 16,
-            "shard_chunks": 8,
+            "shard_chars": 300,
             "read": {"on_error": "skip"},
         },
         "out": str(tmp_path / "steps"),

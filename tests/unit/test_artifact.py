@@ -252,12 +252,14 @@ def test_a_damaged_manifest_is_refused(finished: Path, content: bytes) -> None:
         read_manifest(finished, "index")
 
 
-def test_large_files_are_hashed_on_demand_only(finished: Path) -> None:
+def test_the_smallest_files_are_hashed_first_and_the_largest_on_demand_only(finished: Path) -> None:
     (finished / "vectors" / "00000.npy").write_bytes(b"0123456780")
     manifest = json.loads((finished / "manifest.json").read_bytes())
-    assert list(find_damage(finished, manifest, hash_up_to=9)) == []
+    sizes = {name: record["bytes"] for name, record in manifest["files"].items()}
+    assert max(sizes, key=lambda name: sizes[name]) == "vectors/00000.npy"
+    assert list(find_damage(finished, manifest, hash_bytes=sum(sizes.values()) - 1)) == []
     altered = ["vectors/00000.npy was altered (its SHA-256 differs from the manifest)"]
-    assert list(find_damage(finished, manifest, hash_up_to=10)) == altered
+    assert list(find_damage(finished, manifest, hash_bytes=sum(sizes.values()))) == altered
     assert list(find_damage(finished, manifest)) == altered
 
 

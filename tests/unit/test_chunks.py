@@ -1,5 +1,6 @@
 """Chunks of texts, the chunk store, and documents on the grid of a model: compared with naive constructions from the texts."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -18,8 +19,8 @@ from retro.chunks import (
     Document,
     TokenizedDocument,
     chunk_spans,
-    group_hash,
     load_array,
+    name_hash,
     save_array,
     write_documents,
 )
@@ -80,14 +81,10 @@ def make_store(folder: Path, shards: list[list[Document]], chunk_len: int) -> Ma
     rows: list[tuple[int, int, int]] = []
     documents: list[Document] = []
     for number, shard in enumerate(shards):
-        here = [
-            (len(documents) + i, first, end)
-            for i, entry in enumerate(shard)
-            for first, end in naive_chunks(entry.text, chunk_len)
-        ]
+        spans = [naive_chunks(entry.text, chunk_len) for entry in shard]
+        rows += [(len(documents) + i, first, end) for i, here in enumerate(spans) for first, end in here]
         documents += shard
-        rows += here
-        write_documents(folder, number, shard, np.array(here, np.int64).reshape(-1, 3), records=len(documents))
+        write_documents(folder, number, shard, [np.array(here, np.int64).reshape(-1, 2) for here in spans])
     return Made(ChunkStore(folder), documents, rows)
 
 
@@ -126,7 +123,7 @@ def test_the_last_chunk_of_a_document_has_no_continuation(made: Made) -> None:
 def test_a_continuation_ends_with_the_document_also_where_its_tokens_end_earlier(tmp_path: Path) -> None:
     # As with a tokenizer that drops white space: the last chunk of the first document ends before the text does.
     documents = [document("a:1", "one two   \n"), document("a:2", "a longer text")]
-    write_documents(tmp_path, 0, documents, np.array([[0, 0, 3], [0, 4, 7], [1, 0, 13]], np.int64), records=2)
+    write_documents(tmp_path, 0, documents, [np.array([[0, 3], [4, 7]]), np.array([[0, 13]])])
     store = ChunkStore(tmp_path)
     assert [store.passage(row).continuation for row in range(3)] == [" two", "", ""]
 
@@ -138,9 +135,66 @@ def test_a_missing_neighbor_is_not_the_last_row(made: Made) -> None:
 
 
 def test_the_store_counts_over_all_shards(made: Made) -> None:
-    assert (made.store.num_shards, made.store.num_documents, made.store.num_chunks) == (3, 5, len(made.rows))
-    assert made.store.records_read() == 5
-    assert list(made.store.keys()) == ["a:1", "a:2", "a:3", "b:1", "b:2"]
+    assert (len(made.store.shards), made.store.num_documents, made.store.num_chunks) == (3, 5, len(made.rows))
+    assert list(made.store.numbered_keys()) == [(0, "a:1"), (1, "a:2"), (2, "a:3"), (3, "b:1"), (4, "b:2")]
+
+
+def test_documents_are_found_by_key_and_their_rows_by_document(made: Made) -> None:
+    for number, entry in enumerate(made.documents):
+        assert made.store.find(entry.key) == number
+        assert made.store.field("content_hash", number) == entry.content_hash
+        expected = [row for row, (owner, _, _) in enumerate(made.rows) if owner == number]
+        assert made.store.rows_of(np.array([number])).tolist() == expected
+    assert made.store.find("a:4") is None
+    assert made.store.rows_of(np.array([4, 0])).tolist() == [r for r, (n, _, _) in enumerate(made.rows) if n in (0, 4)]
+    assert made.store.rows_of(np.empty(0, np.int64)).tolist() == []
+
+
+def test_a_removed_document_is_not_found_and_the_others_keep_their_rows(made: Made) -> None:
+    dead = made.store.rows_of(np.array([1, 3]))
+    store = ChunkStore(made.store.folder, made.store.shards, dead)
+    assert [key for _, key in store.numbered_keys()] == ["a:1", "a:3", "b:2"]
+    assert store.find("a:2") is store.find("b:1") is None
+    assert store.find("b:2") == 4
+    assert store.dead_documents.tolist() == [1, 3]
+    assert store.dead_N is not None
+    assert np.flatnonzero(store.dead_N).tolist() == dead.tolist()
+    assert store.num_live_chunks == len(made.rows) - len(dead)
+    assert store.passage(len(made.rows) - 1).key == "b:2"
+    live = [(entry.key, spans.tolist(), first) for entry, spans, first in store.live_documents()]
+    assert [key for key, _, _ in live] == ["a:1", "a:3", "b:2"]
+    for key, spans, first in live:
+        number = store.find(key)
+        assert spans == [[a, b] for n, a, b in made.rows if n == number]
+        assert made.rows[first][0] == number
+
+
+def test_a_document_that_was_removed_and_added_again_is_the_new_one(tmp_path: Path) -> None:
+    first, second = document("a:1", "old"), document("a:1", "new text")
+    made = make_store(tmp_path, [[first], [second]], 4)
+    store = ChunkStore(tmp_path, made.store.shards, np.array([0]))
+    assert store.find("a:1") == 1
+    assert list(store.numbered_keys()) == [(1, "a:1")]
+
+
+def test_only_the_shards_that_are_named_are_read_in_their_order(made: Made) -> None:
+    store = ChunkStore(made.store.folder, ["00002", "00000"])
+    assert [key for _, key in store.numbered_keys()] == ["b:1", "b:2", "a:1", "a:2"]
+    assert store.passage(0).key == "b:1"
+    with pytest.raises(FormatError, match=r"00007\.arrow is missing"):
+        ChunkStore(made.store.folder, ["00000", "00007"])
+
+
+def test_removed_rows_beyond_the_end_are_refused(made: Made) -> None:
+    with pytest.raises(FormatError, match=f"lists row {len(made.rows)} as removed"):
+        ChunkStore(made.store.folder, made.store.shards, np.array([0, len(made.rows)]))
+
+
+def test_shards_give_their_documents_back(made: Made) -> None:
+    entries = [entry for shard in range(3) for entry in made.store.shard_documents(shard)]
+    for (entry, spans), expected in zip(entries, made.documents, strict=True):
+        assert dataclasses.replace(entry, source=expected.source) == expected
+        assert spans.tolist() == [list(span) for span in naive_chunks(expected.text, 4)]
 
 
 def test_documents_and_groups_of_rows_keep_the_shape_of_the_rows(made: Made) -> None:
@@ -148,7 +202,7 @@ def test_documents_and_groups_of_rows_keep_the_shape_of_the_rows(made: Made) -> 
     rows_N2 = np.stack([np.arange(N), np.arange(N)[::-1]], axis=1)
     expected = [[made.rows[a][0], made.rows[b][0]] for a, b in rows_N2.tolist()]
     assert made.store.documents_of(rows_N2).tolist() == expected
-    groups = [[group_hash(made.documents[number].group) for number in pair] for pair in expected]
+    groups = [[name_hash(made.documents[number].group) for number in pair] for pair in expected]
     assert made.store.groups(rows_N2).tolist() == groups
     assert made.store.groups(rows_N2).dtype == np.uint64
 
@@ -162,8 +216,8 @@ def test_the_texts_of_a_shard_are_those_of_its_rows(made: Made) -> None:
 
 def test_group_hashes_are_64_bits_and_the_same_on_every_machine() -> None:
     # BLAKE2b with a digest of 8 bytes, read as a little-endian number (by b2sum -l 64).
-    assert group_hash("a:1") == int.from_bytes(bytes.fromhex("2c5727565db22c89"), "little")
-    assert group_hash("é") == int.from_bytes(bytes.fromhex("cb1abf8beff3192f"), "little")
+    assert name_hash("a:1") == int.from_bytes(bytes.fromhex("2c5727565db22c89"), "little")
+    assert name_hash("é") == int.from_bytes(bytes.fromhex("cb1abf8beff3192f"), "little")
 
 
 @settings(max_examples=25)  # every example writes files
@@ -188,7 +242,7 @@ def test_any_store_gives_the_passages_of_its_texts(
 
 def test_an_empty_folder_is_an_empty_store(tmp_path: Path) -> None:
     store = ChunkStore(tmp_path)
-    assert (store.num_shards, store.num_documents, store.num_chunks, store.records_read()) == (0, 0, 0, 0)
+    assert (store.shards, store.num_documents, store.num_chunks, store.find("a:1")) == ([], 0, 0, None)
     assert store.groups(np.empty((0, 2), np.int64)).shape == (0, 2)
     with pytest.raises(IndexError, match="row 0"):
         store.passage(0)
@@ -244,7 +298,7 @@ def test_the_documents_are_plain_arrow(made: Made) -> None:
         [row] = reader.read_all().to_pylist()
     expected = {name: getattr(made.documents[2], name) for name in ("key", "title", "url", "group", "split", "text")}
     assert {name: row[name] for name in expected} == expected
-    assert row["group_hash"] == group_hash("shared")
+    assert row["group_hash"] == name_hash("shared")
 
 
 Limit = Callable[[int], AbstractContextManager[None]]
@@ -257,7 +311,7 @@ def test_arrays_and_documents_that_do_not_fit_on_the_disk_leave_nothing_behind(
     with pytest.raises(StorageError, match="the disk is full"), file_limit(10_000):
         save_array(tmp_path / "x.npy", np.zeros(10_000))
     with pytest.raises(StorageError, match="the disk is full"), file_limit(10_000):
-        write_documents(tmp_path, 0, [large], np.array([[0, 0, 100_000]]), records=1)
+        write_documents(tmp_path, 0, [large], [np.array([[0, 100_000]])])
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"00000.npy"}
 
 

@@ -101,6 +101,7 @@ class Shelf:
         *,
         role: Role = "document",
         exclude: Sequence[Collection[str]] | None = None,
+        where: str | None = None,
     ) -> list[list[Passage]]:
         self.asked.append((list(queries), k, role))
         return [self.passages[:k] for _ in queries]

@@ -50,6 +50,7 @@ class Library:
         *,
         role: Role = "document",
         exclude: Sequence[Collection[str]] | None = None,
+        where: str | None = None,
     ) -> list[list[Passage]]:
         assert exclude is None
         self.calls.append(list(queries))

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from index_builder.encoder import Encoder
-from index_builder.index import VectorIndex
-from index_builder.search import IndexRetriever, find_neighbors
-from retro.chunks import ChunkStore, Document, group_hash, load_array, write_documents
+from index_builder.index import VectorIndex, Vectors, add_part, merge_parts, plan_index, train
+from index_builder.search import Found, IndexRetriever, find_neighbors
+from retro.artifact import file_record, read_json, write_json
+from retro.chunks import ChunkStore, Document, load_array, name_hash, save_array, write_documents
 from retro.errors import ConfigError, FormatError, MismatchError
 from retro.generate import Role
 
@@ -36,24 +38,39 @@ def make_store(folder: Path, groups: list[str]) -> ChunkStore:
         )
         for row, group in enumerate(groups)
     ]
-    rows = np.array([[row, 0, 1] for row in range(len(groups))], np.int64)
-    write_documents(folder, 0, documents, rows, records=len(groups))
+    write_documents(folder, 0, documents, [np.array([[0, 1]])] * len(groups))
     return ChunkStore(folder)
 
 
-def make_index(vectors_NX: Floats, factory: str = "Flat") -> VectorIndex:
-    return VectorIndex.build(
-        lambda: [vectors_NX.astype(np.float16)],
-        num_vectors=len(vectors_NX),
-        dim=vectors_NX.shape[1],
-        factory=factory,
-        normalized=False,
-        seed=0,
-    )
+def find(
+    folder: Path,
+    vectors_NX: Floats,
+    groups: list[str],
+    queries_QX: Floats,
+    k: int,
+    excluded_QG: NDArray[np.uint64] | None = None,
+    factory: str = "Flat",
+) -> Found:
+    """Neighbors in an index of these vectors, a row for each entry of `groups`."""
+    store, vectors = make_store(folder, groups), Vectors([vectors_NX.astype(np.float16)])
+    description: dict[str, Any] = {"factory": factory, "metric": "L2", "segments": []}
+    if factory != "Flat":
+        trained, part = folder / "index" / "trained.faiss", folder / "index" / "part.faiss"
+        plan = plan_index(len(vectors), vectors.dim, factory)
+        train(trained, vectors, plan, normalized=False, seed=0)
+        add_part(trained, vectors, 0, len(vectors), part)
+        merge_parts(trained, [part], folder / "index" / "00000.faiss")
+        description |= {"segments": [{"file": "00000.faiss", "rows": len(vectors)}], "nprobe": 16}
+    index = VectorIndex.open(folder / "index", vectors, description)
+
+    def fetch(few: NDArray[np.int64], n: int) -> Found:
+        return index.search(queries_QX[few], n, all_lists=n == len(vectors))
+
+    return find_neighbors(fetch, len(queries_QX), len(vectors), k, store.groups, excluded_QG)
 
 
 def hashes(groups: list[list[str]]) -> NDArray[np.uint64]:
-    return np.array([[group_hash(group) for group in row] for row in groups], np.uint64)
+    return np.array([[name_hash(group) for group in row] for row in groups], np.uint64)
 
 
 def allowed_scores(vectors_NX: Floats, query_X: Floats, groups: list[str], excluded: set[str]) -> dict[int, float]:
@@ -84,10 +101,8 @@ def test_neighbors_are_the_best_rows_of_groups_that_are_not_excluded(
     tmp_path_factory: pytest.TempPathFactory, search: tuple[list[str], Floats, Floats, int, list[list[str]]]
 ) -> None:
     groups, vectors_NX, queries_QX, k, excluded = search
-    store = make_store(tmp_path_factory.mktemp("store"), groups)
-    scores_QK, rows_QK = find_neighbors(
-        make_index(vectors_NX), store, queries_QX, k, hashes(excluded).reshape(len(queries_QX), 2)
-    )
+    excluded_QG = hashes(excluded).reshape(len(queries_QX), 2)
+    scores_QK, rows_QK = find(tmp_path_factory.mktemp("store"), vectors_NX, groups, queries_QX, k, excluded_QG)
     assert scores_QK.shape == rows_QK.shape == (len(queries_QX), k)
     for query_X, scores, rows, left_out in zip(queries_QX, scores_QK, rows_QK, excluded, strict=True):
         allowed = allowed_scores(vectors_NX, query_X, groups, set(left_out))
@@ -104,7 +119,7 @@ def test_neighbors_are_the_best_rows_of_groups_that_are_not_excluded(
 def test_without_exclusion_every_row_can_be_found(tmp_path: Path) -> None:
     vectors_NX = np.arange(5, dtype=np.float32)[:, None]
     queries_QX = np.array([[0], [1.25]], np.float32)
-    scores_QK, rows_QK = find_neighbors(make_index(vectors_NX), make_store(tmp_path, ["a"] * 5), queries_QX, 3)
+    scores_QK, rows_QK = find(tmp_path, vectors_NX, ["a"] * 5, queries_QX, 3)
     assert rows_QK.tolist() == [[0, 1, 2], [1, 2, 0]]
     assert scores_QK.tolist() == [[0, -1, -4], [-(0.25**2), -(0.75**2), -(1.25**2)]]
 
@@ -112,8 +127,8 @@ def test_without_exclusion_every_row_can_be_found(tmp_path: Path) -> None:
 def test_a_duplicate_in_another_group_remains_and_only_the_own_group_goes(tmp_path: Path) -> None:
     # Rows 0 to 2 are the same text. Whoever drops the first column instead of the own group loses row 1 or 2, or keeps itself.
     vectors_NX = np.array([[0], [0], [0], [5], [7]], np.float32)
-    store = make_store(tmp_path, ["a", "b", "c", "a", "d"])
-    scores_QK, rows_QK = find_neighbors(make_index(vectors_NX), store, vectors_NX[:3], 3, hashes([["a"], ["b"], ["c"]]))
+    groups, own = ["a", "b", "c", "a", "d"], hashes([["a"], ["b"], ["c"]])
+    scores_QK, rows_QK = find(tmp_path, vectors_NX, groups, vectors_NX[:3], 3, own)
     assert [sorted(rows[:2]) for rows in rows_QK.tolist()] == [[1, 2], [0, 2], [0, 1]]
     assert rows_QK[:, 2].tolist() == [4, 3, 3]
     assert scores_QK.tolist() == [[0, 0, -49], [0, 0, -25], [0, 0, -25]]
@@ -121,34 +136,29 @@ def test_a_duplicate_in_another_group_remains_and_only_the_own_group_goes(tmp_pa
 
 def test_a_query_that_is_not_in_the_index_loses_nothing(tmp_path: Path) -> None:
     vectors_NX = np.array([[0], [1], [2]], np.float32)
-    _, rows_QK = find_neighbors(
-        make_index(vectors_NX), make_store(tmp_path, ["a", "b", "c"]), vectors_NX[:1], 3, hashes([["z"]])
-    )
+    _, rows_QK = find(tmp_path, vectors_NX, ["a", "b", "c"], vectors_NX[:1], 3, hashes([["z"]]))
     assert rows_QK.tolist() == [[0, 1, 2]]
 
 
 def test_each_query_has_its_own_exclusions(tmp_path: Path) -> None:
     vectors_NX = np.array([[0], [1], [2], [3]], np.float32)
     query_QX = np.zeros((3, 1), np.float32)
-    store = make_store(tmp_path, ["a", "b", "c", "d"])
     excluded = hashes([["a", "c"], ["b", "b"], ["x", "y"]])
-    _, rows_QK = find_neighbors(make_index(vectors_NX), store, query_QX, 2, excluded)
+    _, rows_QK = find(tmp_path, vectors_NX, ["a", "b", "c", "d"], query_QX, 2, excluded)
     assert rows_QK.tolist() == [[1, 3], [0, 2], [0, 1]]
 
 
 def test_a_group_larger_than_any_first_fetch_does_not_hide_the_others(tmp_path: Path) -> None:
     # The 500 nearest rows are excluded; fetching stops when k are found.
     vectors_NX = np.arange(510, dtype=np.float32)[:, None]
-    store = make_store(tmp_path, ["own"] * 500 + ["other"] * 10)
-    _, rows_QK = find_neighbors(make_index(vectors_NX), store, np.zeros((1, 1), np.float32), 3, hashes([["own"]]))
+    groups = ["own"] * 500 + ["other"] * 10
+    _, rows_QK = find(tmp_path, vectors_NX, groups, np.zeros((1, 1), np.float32), 3, hashes([["own"]]))
     assert rows_QK.tolist() == [[500, 501, 502]]
 
 
 def test_where_one_group_holds_everything_there_is_no_neighbor(tmp_path: Path) -> None:
     vectors_NX = np.arange(30, dtype=np.float32)[:, None]
-    scores_QK, rows_QK = find_neighbors(
-        make_index(vectors_NX), make_store(tmp_path, ["a"] * 30), vectors_NX, 2, hashes([["a"]] * 30)
-    )
+    scores_QK, rows_QK = find(tmp_path, vectors_NX, ["a"] * 30, vectors_NX, 2, hashes([["a"]] * 30))
     assert (rows_QK == -1).all()
     assert (scores_QK == -np.inf).all()
 
@@ -157,17 +167,15 @@ def test_inverted_lists_that_were_not_searched_at_first_are_searched_before_givi
     # 32 clusters on a line, a list each; 16 lists are searched. The own group fills the 20 nearest.
     centers = np.repeat(np.arange(32) * 8.0, 40)
     vectors_NX = (centers + np.tile(np.arange(40) * 0.125, 32)).astype(np.float32)[:, None]
-    store = make_store(tmp_path, ["own"] * (20 * 40) + ["other"] * (12 * 40))
-    index = make_index(vectors_NX, "IVF32,Flat")
-    _, rows_QK = find_neighbors(index, store, np.zeros((1, 1), np.float32), 2, hashes([["own"]]))
+    groups, query_QX = ["own"] * (20 * 40) + ["other"] * (12 * 40), np.zeros((1, 1), np.float32)
+    _, rows_QK = find(tmp_path, vectors_NX, groups, query_QX, 2, hashes([["own"]]), "IVF32,Flat")
     assert rows_QK.tolist() == [[800, 801]]
 
 
 def test_more_than_the_index_holds_is_filled_with_nothing(tmp_path: Path) -> None:
     vectors_NX = np.arange(2, dtype=np.float32)[:, None]
-    store = make_store(tmp_path, ["a", "b"])
     for excluded in (None, hashes([["z"]])):
-        scores_QK, rows_QK = find_neighbors(make_index(vectors_NX), store, vectors_NX[:1], 4, excluded)
+        scores_QK, rows_QK = find(tmp_path, vectors_NX, ["a", "b"], vectors_NX[:1], 4, excluded)
         assert rows_QK.tolist() == [[0, 1, -1, -1]]
         assert scores_QK.tolist() == [[0, -1, -np.inf, -np.inf]]
 
@@ -274,13 +282,23 @@ def test_an_index_that_was_moved_works(tiny_index: Path, retriever: IndexRetriev
 def test_vectors_and_chunks_that_do_not_match_are_refused(
     tiny_index: Path, retriever: IndexRetriever, tmp_path: Path
 ) -> None:
-    # A shard that the manifest does not know of.
     copied = shutil.copytree(tiny_index, tmp_path / "x.index")
-    number = retriever.store.num_shards
-    shutil.copy(copied / "documents" / "00000.arrow", copied / "documents" / f"{number:05d}.arrow")
-    shutil.copy(copied / "chunks" / "00000.npy", copied / "chunks" / f"{number:05d}.npy")
+    vectors = load_array(copied / "vectors" / "00000.npy")[:-1].copy()
+    save_array(copied / "vectors" / "00000.npy", vectors)
+    manifest = read_json(copied / "manifest.json")
+    manifest["files"]["vectors/00000.npy"] = file_record(copied / "vectors" / "00000.npy")
+    write_json(copied / "manifest.json", manifest)
     with pytest.raises(FormatError, match=r"x\.index has .* vectors for .* chunks: build it again"):
         IndexRetriever(copied, retriever.encoder)
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_read(
+    tiny_index: Path, retriever: IndexRetriever, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(tiny_index, tmp_path / "x.index")
+    shutil.copy(copied / "documents" / "00000.arrow", copied / "documents" / "99999.arrow")
+    shutil.copy(copied / "chunks" / "00000.npy", copied / "chunks" / "99999.npy")
+    assert IndexRetriever(copied, retriever.encoder).retrieve(["oil"], 3) == retriever.retrieve(["oil"], 3)
 
 
 def test_indexes_of_other_content_have_other_fingerprints(
@@ -290,7 +308,7 @@ def test_indexes_of_other_content_have_other_fingerprints(
     from index_builder.config import BuildConfig
     from index_builder.corpus import ReadOptions
 
-    config = BuildConfig(encoder=str(tiny_encoder), chunk_len=32, shard_chunks=50, read=ReadOptions(limit=39))
+    config = BuildConfig(encoder=str(tiny_encoder), chunk_len=32, shard_chars=6_000, read=ReadOptions(limit=39))
     build_index([str(corpus)], tmp_path / "other.index", config)
     other = IndexRetriever(tmp_path / "other.index", Encoder.open(str(tiny_encoder)))
     assert other.fingerprint != retriever.fingerprint
