@@ -5,8 +5,6 @@ works from figures measured before, each of which it names. Both refuse what can
 """
 
 import contextlib
-import gzip
-import lzma
 import math
 import os
 import re
@@ -16,25 +14,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePath
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from index_builder.build import make_recipe, open_encoder, write_shard
+from index_builder.build import make_recipe, open_encoder
 from index_builder.config import BuildConfig
-from index_builder.corpus import Reject, _files, _resolve, describe_corpora, read_documents
+from index_builder.corpus import describe_corpora
 from index_builder.encoder import Encoder
-from index_builder.formats import COMPRESSIONS
 from index_builder.index import MIN_TRAIN, RAM_COPY, TRAIN_PER_LIST, IndexPlan, estimate_gpu_memory, plan_index
-from index_builder.lexical import PART_POSTINGS, WORDS, LexicalIndex
+from index_builder.lexical import PART_POSTINGS
+from index_builder.sample import CorpusSize, LexicalSample, Rate, Sample
 from index_builder.shards import Progress
 from retro.artifact import MANIFEST, UNFINISHED, differing, read_json, storage_error
-from retro.chunks import Document, Int64s, chunk_spans, load_array, shard_path
-from retro.errors import ConfigError, CorpusError, MismatchError
+from retro.errors import ConfigError, MismatchError
 from retro.tokenizer import Tokenizer
 
 KMEANS_ROUNDS = 10
@@ -43,35 +36,12 @@ CODES_FLOP = 2e13
 """Training OPQ64_256,PQ64 on FAISS's sample of 65,536 vectors of 384 numbers takes as long as so much matrix product (215 s)."""
 ROW_BYTES = 24
 """Memory of a process that searches, for each row: its document, and the share of the document's key and group."""
-KEY_BYTES = 24
-"""Memory of a process that reads, for each document: the hash of its key."""
+KEY_BYTES = {"none": 24, "exact": 24 + 48, "near": 24 + 1300}
+"""Memory of a process that reads, for each document: the hash of its key, and what finds duplicates."""
 CHUNK_BYTES = 24
 """Disk for the span of a chunk."""
 GPU_RESERVE = 3 << 29
 """Bytes that FAISS takes on a GPU for itself."""
-KEPT_TEXTS = 2048
-"""Chunks that are kept of a sample, at least half as many as there can be."""
-SETTLED = 8 << 20
-"""Bytes of a compressed file after which its ratio is taken as that of the file."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rate:
-    """How fast something goes, and how that is known."""
-
-    per_s: float
-    unit: str
-    source: str
-
-    def times(self, factor: float, source: str) -> "Rate":
-        """A rate that follows from this one."""
-        return replace(self, per_s=self.per_s * factor, source=f"{self.source}; {source}")
-
-    def __str__(self) -> str:
-        digits = 0 if self.per_s >= 100 else 1
-        return f"{self.per_s:,.{digits}f} {self.unit}/s: {self.source}"
-
-
 _HERE = "2 cores of an AMD EPYC with AVX512_BF16"
 RATES = {
     "reading": Rate(
@@ -125,21 +95,6 @@ ENCODERS = {"minilm": (6, 384), "bert-base": (12, 768), "bert-large": (24, 1024)
 
 
 # --- the plan -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CorpusSize:
-    """How large a corpus is, and what its index keeps of it on disk beside vectors."""
-
-    documents: int
-    chunks: int
-    tokens: int | None
-    """Of the text, by the tokenizer that cuts the chunks; None where vectors come with the corpus and nothing is cut."""
-    exact: bool
-    basis: str
-    """How these counts came about."""
-    document_bytes: int
-    lexical_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,6 +222,7 @@ def _make_plan(
     rates: dict[str, Rate],
     seconds: dict[str, float],
     base_ram: int,
+    document_ram: int = KEY_BYTES["none"],
     **known: Any,
 ) -> BuildPlan:
     """Everything that follows from the size, the index and the rates; `seconds` are those of reading and encoding."""
@@ -288,11 +244,8 @@ def _make_plan(
         "BM25": n / rates["BM25"].per_s if "BM25" in rates else 0.0,
     }
     copied = min(4 * dim * n, RAM_COPY) if exact else 0
-    stages = (KEY_BYTES * size.documents, work.train_bytes, work.add_bytes, work.merge_bytes, copied)
-    used = {
-        "graph": work.graph_searches > 0,
-        "BM25": size.lexical_bytes > 0,
-    }
+    stages = (document_ram * size.documents, work.train_bytes, work.add_bytes, work.merge_bytes, copied)
+    used = {"graph": work.graph_searches > 0, "BM25": size.lexical_bytes > 0}
     return BuildPlan(
         size=size,
         encoder=encoder,
@@ -401,7 +354,8 @@ def plan_corpus(
             rates["matrices"] = RATES["matrices"].times(cores, f"times {cores} cores")
     if gpus > 1:
         notes.append(
-            f"Reading and encoding are divided by {gpus} (--shard i/{gpus}, or Ray); the rest is done by one machine."
+            f"Reading and encoding are divided by {gpus} (--shard i/{gpus}, or Ray); "
+            f"one machine does the rest (Ray shares out adding too)."
         )
     reading = tokens / rates["reading"].per_s / gpus + tokens * (gpus - 1) / gpus / rates["skipping"].per_s
     if gpus == 1:
@@ -448,7 +402,7 @@ def _planned_rates(
     else:
         device, reference = "encoding_a100", "bert-large"
         factor = GPUS[gpu].bf16_flops / GPUS["a100"].bf16_flops
-        why = "" if gpu == "a100" else f"scaled by peak bf16 FLOP/s to a {gpu}, not measured"
+        why = "" if gpu == "a100" else f"scaled by peak bf16 FLOP/s to {gpu}, not measured"
         together = min(gpus, GPUS_OF_A_MACHINE)
         matrices = Rate(
             per_s=GPUS[gpu].fp32_flops * together / 2,
@@ -458,7 +412,7 @@ def _planned_rates(
     flops = encode_flop(reference, 64) / encode_flop(encoder, chunk_len)
     if flops != 1:
         factor *= flops
-        why += f"{'; ' if why else ''}scaled by FLOPs to {encoder}, {chunk_len} tokens, not measured"
+        why += f"{'; ' if why else ''}scaled by FLOPs to {encoder}, {chunk_len} tokens, not measured: small encoders reach less"
     encoding = RATES[device].times(factor, why) if why else RATES[device]
     if chunks_per_s is not None:
         encoding = Rate(per_s=chunks_per_s, unit="chunks", source="given, of one device")
@@ -520,7 +474,7 @@ def measure_build(
     except OSError as error:
         raise storage_error(folder, error) from error
     with temporary as name:
-        sample = _Sample(config, tokenizer, Path(name), progress)
+        sample = Sample(config, tokenizer, Path(name), progress)
         sample.read(corpora, math.inf if max_documents else started + 0.4 * seconds, max_documents)
         if config.read.vectors_field is not None and sample.vector_dim != encoder.dim:
             raise MismatchError(
@@ -530,7 +484,7 @@ def measure_build(
         rates = {"reading": sample.rate(), "disk": RATES["disk"]}
         lexical = None
         if config.lexical != "off":
-            lexical = _LexicalSample.measure(sample.texts, Path(name) / "lexical", config.lexical)
+            lexical = LexicalSample.measure(sample.texts, Path(name) / "lexical", config.lexical)
             rates["BM25"] = lexical.rate
         if config.read.vectors_field is None:
             rates["encoding"] = _encoding_rate(encoder, sample.texts, started + 0.9 * seconds, progress)
@@ -557,6 +511,7 @@ def measure_build(
         rates=rates,
         seconds=reading,
         base_ram=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        document_ram=KEY_BYTES[config.read.deduplicate],
         disk_free=shutil.disk_usage(folder if folder.exists() else place).free + there,
         gpu_memory=_gpu_memory(device, work),
         truncated_share=cut,
@@ -622,13 +577,13 @@ def _matrix_rate(device: str, dim: int, seconds: float) -> Rate:
     import torch
 
     place = device.split(",", maxsplit=1)[0]
-    x_NX, c_LX = torch.ones(4096, dim, device=place), torch.ones(4096, dim, device=place)
+    x_NX, c_LX = torch.ones(2048, dim, device=place), torch.ones(2048, dim, device=place)
     int((x_NX @ c_LX.T).argmax(1)[0])
     started, rounds = time.monotonic(), 0
     while rounds == 0 or time.monotonic() - started < seconds:
         int((x_NX @ c_LX.T).argmax(1)[0])
         rounds += 1
-    flop = 2.0 * 4096 * 4096 * dim * rounds
+    flop = 2.0 * 2048 * 2048 * dim * rounds
     return Rate(
         per_s=flop / (time.monotonic() - started),
         unit="FLOP",
@@ -662,298 +617,3 @@ def _physical_memory() -> int:
     if group.is_file() and (limit := group.read_text(encoding="ascii").strip()).isdigit():
         limits.append(int(limit))
     return min(limits)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _LexicalSample:
-    """A BM25 index of some chunks."""
-
-    rate: Rate
-    chunks: int
-    words: int
-    postings: float
-
-    @classmethod
-    def measure(cls, texts: Sequence[str], folder: Path, language: str) -> "_LexicalSample":
-        started = time.monotonic()
-        parts = LexicalIndex.build(folder, lambda: [texts], language=language)
-        seconds = max(time.monotonic() - started, 1e-6)
-        words = len(load_array(folder / WORDS))
-        stored = sum(path.stat().st_size for path in LexicalIndex.files(folder, parts))
-        rate = Rate(
-            per_s=len(texts) / seconds, unit="chunks", source=f"measured on {len(texts):,} chunks of this corpus"
-        )
-        # 8 bytes a posting, 4 a row, 32 a word.
-        return cls(rate=rate, chunks=len(texts), words=words, postings=max(stored - 4 * len(texts) - 32 * words, 8) / 8)
-
-    def bytes_of(self, chunks: int) -> int:
-        """Of an index of so many chunks. The number of different words grows with the power 0.6 of the text (Heaps' law)."""
-        postings = self.postings * chunks / max(self.chunks, 1)
-        parts = max(1.0, postings / PART_POSTINGS)
-        words_of_all = self.words * (postings / self.postings) ** 0.6
-        words_of_part = self.words * (postings / parts / self.postings) ** 0.6
-        return int(8 * postings + 4 * chunks + 16 * words_of_all + 16 * parts * words_of_part)
-
-
-# --- the sample -----------------------------------------------------------------------------------------------------
-
-
-class _Source(NamedTuple):
-    """A file, or a data set."""
-
-    shown: str
-    """As in `Document.source`."""
-    spec: str
-    """A corpus of it alone."""
-    kind: str
-    """Format and compression, or the data set: what was read of a kind stands for the rest of it."""
-    path: Path | None
-    units: float
-    """Rows of Parquet and of data sets, bytes of other files."""
-
-
-@dataclass(slots=True)
-class _Tally:
-    """What was read of one kind."""
-
-    units: float = 0.0
-    """In all."""
-    read: float = 0.0
-    documents: int = 0
-    chunks: int = 0
-    tokens: int = 0
-    chars: int = 0
-
-
-@dataclass(slots=True)
-class _Sample:
-    """Documents from the beginning of a corpus, and where a kind of file comes later, from the beginning of that."""
-
-    config: BuildConfig
-    tokenizer: Tokenizer
-    folder: Path
-    progress: Progress | None
-    finished: bool = False
-    """Whether this is the whole corpus."""
-    texts: list[str] = field(default_factory=list)
-    """Chunks from all over the sample."""
-    vector_dim: int | None = None
-    _tallies: dict[str, _Tally] = field(default_factory=dict)
-    _seconds: float = 0.0
-    _stored: int = 0
-    _stride: int = 1
-    _seen: int = 0
-    _pending: list[tuple[Document, Int64s]] = field(default_factory=list)
-    _pending_chars: int = 0
-
-    def read(self, corpora: Sequence[str], until: float, max_documents: int | None) -> None:
-        """Reads until the end of the corpus, of the time, or of so many documents."""
-        sources = {source.shown: source for source in _list_sources(corpora)}
-        kinds = {source.kind: source for source in reversed(sources.values())}
-        self._tallies = {kind: _Tally() for kind in kinds}
-        started = time.monotonic()
-        at, line, self.finished = self._read(corpora, sources, until, max_documents)
-        self._seconds = max(time.monotonic() - started, 1e-6)
-        if self.finished:
-            return
-        for corpus in _resolve(corpora):
-            if corpus.dataset is not None:
-                rows = _dataset_rows(corpus, self.config.read.limit)
-                sources[corpus.location] = sources[corpus.location]._replace(units=rows)
-        for source in sources.values():
-            self._tallies[source.kind].units += source.units
-        for source in sources.values():
-            if source.shown == at:
-                self._tallies[source.kind].read += _units_before(source, line)
-                break
-            self._tallies[source.kind].read += source.units
-        for kind, source in kinds.items():
-            if self._tallies[kind].read == 0 and self._tallies[kind].units:
-                later = time.monotonic() + max(1.0, (until - started) / 10)
-                _, line, whole = self._read([source.spec], {source.shown: source}, later, max_documents)
-                self._tallies[kind].read = source.units if whole else _units_before(source, line)
-
-    def _read(
-        self, corpora: Sequence[str], sources: dict[str, _Source], until: float, max_documents: int | None
-    ) -> tuple[str, int, bool]:
-        """Returns file and line of the last document, and whether the end was reached."""
-        shown, line, count = "", 0, 0
-        for item in read_documents(corpora, self.config.read):
-            if isinstance(item, Reject):
-                shown, line = item.file, item.line
-            else:
-                shown, line = _place(item.source, sources)
-                self._take(item, self._tallies[sources[shown].kind])
-                count += 1
-            if self.progress is not None and count % 256 == 0:
-                self.progress("read a sample", count, None)
-            if count == max_documents or time.monotonic() > until:
-                break
-        else:
-            line = -1
-        self._write()
-        return shown, line, line < 0
-
-    def _take(self, document: Document, tally: _Tally) -> None:
-        text = document.text
-        if document.vector is not None:
-            self.vector_dim = len(document.vector)
-            spans = np.array([[0, len(text)]], np.int64)
-        else:
-            encoded = self.tokenizer.encode(text)
-            spans = chunk_spans(encoded, self.config.chunk_len)
-            tally.tokens += len(encoded.ids)
-        tally.documents += 1
-        tally.chunks += len(spans)
-        tally.chars += len(text)
-        title = f"{document.title}. " if self.config.title_in_key and document.title else ""
-        for start, end in spans[-self._seen % self._stride :: self._stride].tolist():
-            self.texts.append(title + text[start:end])
-        self._seen += len(spans)
-        while len(self.texts) >= 2 * KEPT_TEXTS:
-            self.texts, self._stride = self.texts[::2], 2 * self._stride
-        self._pending.append((document, spans))
-        self._pending_chars += len(text)
-        if self._pending_chars >= self.config.shard_chars:
-            self._write()
-
-    def _write(self) -> None:
-        """As a build would, and away with it."""
-        if not self._pending:
-            return
-        write_shard(self.folder, "00000", [d for d, _ in self._pending], [spans for _, spans in self._pending])
-        self._stored += shard_path(self.folder / "documents", "00000", ".arrow").stat().st_size
-        self._pending, self._pending_chars = [], 0
-
-    def rate(self) -> Rate:
-        documents = sum(tally.documents for tally in self._tallies.values())
-        source = f"measured on {documents:,} documents of this corpus, chunking and writing included"
-        return Rate(per_s=documents / self._seconds, unit="documents", source=source)
-
-    def size(self, lexical_bytes: Callable[[int], int]) -> CorpusSize:
-        """Of the whole corpus.
-
-        Raises:
-            CorpusError: There was nothing in what was read of a kind.
-        """
-        factors = {}
-        for kind, tally in self._tallies.items():
-            if not self.finished and tally.units and not tally.read:
-                raise CorpusError(f"nothing could be read of {kind} in the time: give more time or fewer documents")
-            factors[kind] = 1.0 if self.finished or not tally.units else tally.units / tally.read
-        totals = {
-            name: sum(getattr(tally, name) * factors[kind] for kind, tally in self._tallies.items())
-            for name in ("documents", "chunks", "tokens", "chars")
-        }
-        limit, basis = self.config.read.limit, "the whole corpus was read"
-        read = sum(tally.documents for tally in self._tallies.values())
-        if not self.finished:
-            shares = ", ".join(f"{100 * min(1.0, 1 / factor):.2g}% of {kind}" for kind, factor in factors.items())
-            basis = f"{read:,} documents were read, {shares}, by bytes on disk or rows"
-            if limit is not None and totals["documents"] > limit:
-                totals = {name: value * limit / totals["documents"] for name, value in totals.items()}
-                basis += f"; no more than the limit of {limit:,} documents"
-            if self.config.read.deduplicate != "none":
-                basis += "; duplicates further apart than the sample are not counted out"
-        chars = sum(tally.chars for tally in self._tallies.values())
-        chunks = round(totals["chunks"])
-        return CorpusSize(
-            documents=round(totals["documents"]),
-            chunks=chunks,
-            tokens=None if self.config.read.vectors_field else round(totals["tokens"]),
-            exact=self.finished,
-            basis=basis,
-            document_bytes=int(self._stored * totals["chars"] / max(chars, 1)),
-            lexical_bytes=lexical_bytes(chunks),
-        )
-
-
-def _place(source: str, sources: dict[str, _Source]) -> tuple[str, int]:
-    """File and line of a document; line 0 where the file is one document."""
-    if source in sources:
-        return source, 0
-    shown, _, line = source.rpartition(":")
-    return shown, int(line)
-
-
-def _list_sources(corpora: Sequence[str]) -> list[_Source]:
-    """Files and data sets in the order in which they are read.
-
-    Raises:
-        CorpusError: One is missing or cannot be read.
-    """
-    sources = []
-    for corpus in _resolve(corpora):
-        if corpus.dataset is not None:
-            sources.append(_Source(corpus.location, corpus.location, corpus.location, None, math.nan))
-            continue
-        for number, file in enumerate(_files(corpus)[0]):
-            name = PurePath(file.path.name.lower())
-            kind = name.suffix
-            if kind in COMPRESSIONS:
-                kind = PurePath(name.stem).suffix + kind
-            units = float(file.path.stat().st_size)
-            if file.kind == "parquet":
-                try:
-                    units = float(pq.read_metadata(file.path).num_rows)
-                except (pa.ArrowException, OSError) as error:
-                    raise CorpusError(f"{file.shown} is damaged ({error}); copy or download it again") from error
-            sources.append(_Source(file.shown, f"sample{number}={file.path}", kind, file.path, units))
-    return sources
-
-
-def _dataset_rows(corpus: Any, limit: int | None) -> float:
-    """Rows of a data set that was read in part.
-
-    Raises:
-        CorpusError: It cannot be read.
-        ConfigError: Nobody knows.
-    """
-    import datasets
-
-    path = corpus.dataset.dataset if corpus.path is None else str(corpus.path.absolute())
-    try:
-        builder = datasets.load_dataset_builder(path, corpus.dataset.config, revision=corpus.dataset.revision)
-        split = (builder.info.splits or {}).get(corpus.dataset.split)
-    except Exception as error:  # the library raises nearly everything
-        raise CorpusError(f"{corpus.location} cannot be read ({error}); check the name and the connection") from error
-    if split is not None and split.num_examples:
-        return float(split.num_examples)
-    if limit is not None:
-        return float(limit)
-    raise ConfigError(
-        f"nobody knows how many rows {corpus.location} has: its size can only be planned with --limit, or as files on disk"
-    )
-
-
-def _units_before(source: _Source, line: int) -> float:
-    """How much of a source was read with its first `line` lines; of a compressed file, by the ratio of what was read."""
-    if line == 0:
-        return source.units
-    if source.path is None or source.kind == ".parquet":
-        return float(line)
-    with source.path.open("rb") as raw:
-        stream: Any = raw
-        if source.kind.endswith(".gz"):
-            stream = gzip.GzipFile(fileobj=raw)
-        elif source.kind.endswith(".xz"):
-            stream = lzma.LZMAFile(raw)  # noqa: SIM115 (it is closed with the file below it)
-        elif source.kind.endswith(".zst"):
-            import zstandard
-
-            unpack = zstandard.ZstdDecompressor(max_window_size=2**31)
-            stream = unpack.stream_reader(raw, read_across_frames=True, closefd=False)
-        lines = plain = 0
-        wanted: int | None = None
-        packed = source.units
-        while block := stream.read(1 << 16):
-            found = block.count(b"\n")
-            if wanted is None and lines + found >= line:
-                wanted = plain + len(b"\n".join(block.split(b"\n", line - lines)[: line - lines])) + 1
-            lines += found
-            plain += len(block)
-            # Not before: the readers take in more than they have given out.
-            if wanted is not None and raw.tell() >= SETTLED:
-                packed = float(raw.tell())
-                break
-    return packed * (plain if wanted is None else wanted) / max(plain, 1)
