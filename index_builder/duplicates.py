@@ -69,7 +69,7 @@ class KeySet:
 
     def put(self, key: int, number: int) -> int | None:
         """The number that the key came with first; None where it is new, and now there."""
-        key = key or _FACTOR  # 0 marks an empty place
+        key = key or _FACTOR  # 0 marks an empty place, and one hash more is confused with another
         keys, mask = self._keys, len(self._keys) - 1
         place = key & mask
         while keys[place]:

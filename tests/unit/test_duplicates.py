@@ -47,7 +47,7 @@ def changed_each(found: Sequence[str], step: int) -> str:
 
 
 def shares(first: NDArray[np.uint32], second: NDArray[np.uint32]) -> float:
-    return sum(a == b for a, b in zip(first.tolist(), second.tolist(), strict=True)) / SIZE
+    return float(sum(a == b for a, b in zip(first.tolist(), second.tolist(), strict=True)) / SIZE)
 
 
 # --- words and n-grams --------------------------------------------------------------------------------------------
@@ -127,9 +127,10 @@ def test_ngrams_of_more_texts_than_one_batch_holds() -> None:
 # --- sets of hashes -----------------------------------------------------------------------------------------------
 
 # Keys that fall on the same places of a set of 1024, the last place among them, from where the search goes on at the first.
+# Not 0x9E3779B97F4A7C15: 0 is kept under it.
 KEYS = st.sampled_from([0, 1, 2, 1023, 1024, 2047, 3 << 40, 5 << 40, 2**63, 2**64 - 1, 2**64 - 1025]) | st.integers(
     0, 2**64 - 1
-)
+).filter(lambda key: key != 0x9E3779B97F4A7C15)
 
 
 @given(st.lists(st.tuples(KEYS, st.integers(0, 2**64 - 1)), max_size=30), st.lists(KEYS, max_size=5))

@@ -242,6 +242,7 @@ def test_two_values_compare_as_the_naive_evaluator_says(value: Any, symbol: str,
 @example("%ab%ba%", "aba")  # nor may two pieces
 @example("%_b", "ab")
 @example("a%_b%", "aabb")
+@example("_%_", "\n\n")
 def test_like_is_the_definition_of_its_two_signs(pattern: str, text: str) -> None:
     found = kept_metadata(f"a like {spelled_value(pattern, random.Random(0))}", {"a": text})
     assert found == [0] * naive_like(pattern, text)
@@ -303,6 +304,7 @@ WORKS: list[dict[str, Any]] = [
         ("author.x.y <= 3", [2]),
         ("author.x.y.z exists", []),
         ("author exists", [2]),
+        ('author in ("name") or author like "%"', []),
         ("Straße = 1", [4]),
         ("`in` = 2", [4]),
         ("`a b` in (3)", [4]),
