@@ -95,8 +95,8 @@ def index_build(
     \b
     Examples:
       retro index build wiki.jsonl --out wiki.index
-      retro index build wiki.jsonl --out wiki.index --max-memory 2GiB --dry-run
-      retro index build wiki.jsonl --out part3.index --shard 3/8
+      retro index build wiki.jsonl --out large.index --max-memory 2GiB --dry-run
+      retro index build wiki.jsonl --out part0.index --shard 0/2
     """
     from index_builder.config import DEFAULT_ENCODER, BuildConfig
 
@@ -164,7 +164,7 @@ def index_merge(
 
     \b
     Example:
-      retro index merge part0.index part1.index --out wiki.index
+      retro index merge part0.index part1.index --out merged.index
     """
     from index_builder.build import merge_index
 
@@ -198,11 +198,12 @@ def index_search(
     """
     from index_builder.search import METHODS, IndexRetriever
 
+    choice(role, ("query", "document"), "--role")
     retriever = IndexRetriever.open(
         index, device=resolve_devices(device), method=choice(method, METHODS, "--retriever")
     )
     started = time.perf_counter()
-    passages = retriever.retrieve([query], k, role=choice(role, ("query", "document"), "--role"), where=where)[0]
+    passages = retriever.retrieve([query], k, role="query" if role == "query" else "document", where=where)[0]
     seconds = time.perf_counter() - started
     if as_json:
         print_json({"query": query, "seconds": round(seconds, 4), "results": [passage_json(p) for p in passages]})
@@ -276,6 +277,7 @@ def index_add(index: IndexFolder, corpora: Corpora, device: Device = "auto", as_
     """
     from index_builder.live import add_documents
 
+    _leave_room_for_searches()
     with bars() as progress:
         _show_changes(add_documents(index, corpora, device=resolve_devices(device), progress=progress), as_json)
 
@@ -290,6 +292,7 @@ def index_update(index: IndexFolder, corpora: Corpora, device: Device = "auto", 
     """
     from index_builder.live import add_documents
 
+    _leave_room_for_searches()
     with bars() as progress:
         changes = add_documents(index, corpora, update=True, device=resolve_devices(device), progress=progress)
     _show_changes(changes, as_json)
@@ -329,6 +332,7 @@ def index_sync(
     """
     from index_builder.live import sync_folder
 
+    _leave_room_for_searches()
     with bars() as progress:
         changes = sync_folder(
             index, source, delete=delete, dry_run=dry_run, device=resolve_devices(device), progress=progress
@@ -354,6 +358,51 @@ def index_compact(
     with bars() as progress:
         manifest = compact_index(index, lexical=lexical, device=resolve_devices(device), progress=progress)
     _show_index(index, manifest, as_json)
+
+
+# --- plan ---------------------------------------------------------------------------------------------------------
+
+
+@plan_app.command("index")
+def plan_index_command(
+    tokens: Annotated[float, typer.Option(help="Tokens of the corpus, as in 1.7e12.")],
+    encoder: Annotated[str, typer.Option(help="minilm, bert-base or bert-large.")] = "minilm",
+    dim: Annotated[int | None, typer.Option(help="Numbers of a vector [the encoder's].")] = None,
+    chunk_len: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 64,
+    gpu: Annotated[str | None, typer.Option(help="l4, l40s, a100, h100 or h200 [CPU].")] = None,
+    gpus: Annotated[int, typer.Option(help="How many of them; without --gpu, how many machines.")] = 1,
+    cores: Annotated[int, typer.Option(help="Cores of a machine.")] = 2,
+    chunks_per_s: Annotated[float | None, typer.Option(help="What you measured on one device.")] = None,
+    max_memory: MaxMemory = None,
+    disk: Annotated[str | None, typer.Option(help="Disk there is, as in 10TB.")] = None,
+    recall: Annotated[float, typer.Option(help="Recall@10 that an approximate index is tuned to.")] = 0.95,
+    lexical: Annotated[bool, typer.Option(help="With a BM25 index.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Say what an index of a corpus of so many tokens takes, from rates that are named.
+
+    \b
+    Examples:
+      retro plan index --tokens 2.3e8
+      retro plan index --tokens 1.7e12 --gpu h200 --gpus 64 --cores 128 --max-memory 1TiB
+    """
+    from index_builder.plan import plan_corpus
+
+    plan = plan_corpus(
+        tokens,
+        chunk_len=chunk_len,
+        dim=dim,
+        gpu=gpu,
+        gpus=gpus,
+        cores=cores,
+        encoder=encoder,
+        chunks_per_s=chunks_per_s,
+        max_memory=None if max_memory is None else parse_bytes(max_memory),
+        disk=None if disk is None else parse_bytes(disk),
+        recall=recall,
+        lexical=lexical,
+    )
+    _show_report(plan.report(), as_json)
 
 
 # --- tokenizer, data ----------------------------------------------------------------------------------------------
@@ -428,8 +477,7 @@ def data(
     \b
     Examples:
       retro data wiki.jsonl --tokenizer wiki.tok --index wiki.index -k 2 --out wiki.data
-      retro data wiki.jsonl --tokenizer wiki.tok --index wiki.index --retriever rerank --out wiki.data \\
-          --exclude-near-duplicates --exclude-ngrams-of questions.jsonl
+      retro data wiki.jsonl --tokenizer wiki.tok --index wiki.index --out clean.data --exclude-ngrams-of test.jsonl
     """
     from index_builder.config import DataConfig
     from index_builder.neighbors import build_training_data
@@ -499,6 +547,16 @@ def _part(text: str) -> tuple[int, int]:
     if not (number.isdigit() and of.isdigit() and int(number) < int(of)):
         raise typer.BadParameter(f"{text!r} is not i/n with i from 0 to n - 1, as in 0/8", param_hint="--shard")
     return int(number), int(of)
+
+
+def _leave_room_for_searches() -> None:
+    """A change of a live index takes half of the cores, and those only while nobody else wants them."""
+    import os
+
+    import torch
+
+    os.nice(10)
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
 
 
 def _show_changes(changes: Any, as_json: bool, *, would: bool = False) -> None:

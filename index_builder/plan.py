@@ -168,6 +168,9 @@ class IndexWork:
     sample: int = 0
     """Vectors that train it."""
     train_flop: float = 0.0
+    """Of k-means."""
+    codes_flop: float = 0.0
+    """Of training product codes, for one core."""
     assign_flop: float = 0.0
     """To compare every vector with every centroid; 0 where a graph finds the nearest."""
     graph_searches: float = 0.0
@@ -201,7 +204,8 @@ class IndexWork:
         return cls(
             lists=lists,
             sample=sample,
-            train_flop=2.0 * sample * lists * width * KMEANS_ROUNDS + codes * CODES_FLOP * dim / 384,
+            train_flop=2.0 * sample * lists * width * KMEANS_ROUNDS,
+            codes_flop=codes * CODES_FLOP * dim / 384,
             assign_flop=0.0 if graph else 2.0 * n * lists * width,
             graph_searches=n * math.log2(lists) / 16 if graph else 0.0,
             tune_flop=tune_flop,
@@ -235,10 +239,11 @@ def _make_plan(
     building = sum(disk.values()) + min(8 * PART_POSTINGS, size.lexical_bytes)
     if work.parts > 1:
         building += work.parts * work.fixed_bytes + int(n * index.bytes_per_vector)
-    matrices, disk_rate = rates["matrices"].per_s, rates["disk"].per_s
+    disk_rate, matrices = rates["disk"].per_s, rates["matrices"].per_s
+    device = rates.get("k-means", rates["matrices"]).per_s
     seconds = seconds | {
-        "training": work.train_flop / matrices,
-        "adding": work.assign_flop / matrices + work.graph_searches / rates["graph"].per_s,
+        "training": work.train_flop / device + work.codes_flop / RATES["matrices"].per_s,
+        "adding": work.assign_flop / device + work.graph_searches / rates["graph"].per_s,
         "merging": 2 * stored / disk_rate if work.parts > 1 else 0.0,
         "measuring": work.tune_flop / matrices + 2 * dim * n / disk_rate,
         "BM25": n / rates["BM25"].per_s if "BM25" in rates else 0.0,
@@ -351,7 +356,7 @@ def plan_corpus(
                 f"{format_bytes(GPUS[gpu].memory)}: it runs on the CPU."
             )
             gpu_memory = GPU_RESERVE
-            rates["matrices"] = RATES["matrices"].times(cores, f"times {cores} cores")
+            del rates["k-means"]
     if gpus > 1:
         notes.append(
             f"Reading and encoding are divided by {gpus} (--shard i/{gpus}, or Ray); "
@@ -395,16 +400,14 @@ def _planned_rates(
     encoder: str, chunk_len: int, gpu: str | None, gpus: int, cores: int, chunks_per_s: float | None
 ) -> dict[str, Rate]:
     """RATES, adapted to encoder and machine."""
-    device, reference, layers = "encoding", "minilm", RATES["matrices"]
-    if gpu is None:
-        factor, why = cores / 2, "" if cores == 2 else f"times {cores}/2 cores"
-        matrices = layers.times(cores, f"times {cores} cores")
-    else:
+    device, reference, extra = "encoding", "minilm", {}
+    factor, why = cores / 2, "" if cores == 2 else f"times {cores}/2 cores"
+    if gpu is not None:
         device, reference = "encoding_a100", "bert-large"
         factor = GPUS[gpu].bf16_flops / GPUS["a100"].bf16_flops
         why = "" if gpu == "a100" else f"scaled by peak bf16 FLOP/s to {gpu}, not measured"
         together = min(gpus, GPUS_OF_A_MACHINE)
-        matrices = Rate(
+        extra["k-means"] = Rate(
             per_s=GPUS[gpu].fp32_flops * together / 2,
             unit="FLOP",
             source=f"half of the float32 peak of {together} x {gpu}, assumed, not measured",
@@ -420,7 +423,8 @@ def _planned_rates(
         "reading": RATES["reading"],
         "skipping": RATES["skipping"],
         "encoding": encoding,
-        "matrices": matrices,
+        "matrices": RATES["matrices"].times(cores, f"times {cores} cores"),
+        **extra,
         "graph": RATES["graph"].times(cores, f"times {cores} cores"),
         "BM25": RATES["BM25"],
         "disk": RATES["disk"],
@@ -489,7 +493,9 @@ def measure_build(
         if config.read.vectors_field is None:
             rates["encoding"] = _encoding_rate(encoder, sample.texts, started + 0.9 * seconds, progress)
         cut = encoder.count_truncated(sample.texts, encoder.tokenizer()) / max(len(sample.texts), 1)
-    rates["matrices"] = _matrix_rate(device, encoder.dim, min(2.0, 0.03 * seconds))
+    rates["matrices"] = _matrix_rate("cpu", encoder.dim, min(2.0, 0.03 * seconds))
+    if device.startswith("cuda"):
+        rates["k-means"] = _matrix_rate(device, encoder.dim, min(2.0, 0.03 * seconds))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     rates["graph"] = RATES["graph"].times(cores, f"times {cores} cores")
     size = sample.size(lambda chunks: lexical.bytes_of(chunks) if lexical else 0)

@@ -201,12 +201,22 @@ class IndexRetriever:
     It follows the folder: a document that was added or removed by anybody is there or gone at the next call.
     """
 
-    def __init__(self, folder: Path, encoder: Encoder, *, method: Method = "dense", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        encoder: Encoder,
+        *,
+        method: Method = "dense",
+        where: Filter | None = None,
+        device: str = "cpu",
+    ) -> None:
         if method not in METHODS:
             raise ConfigError(f"retriever {method!r} is unknown: use {', '.join(METHODS)}")
         self.folder = folder
         self.encoder = encoder
         self.method: Method = method
+        self.where = where
+        """What every search is confined to; a search can only narrow it."""
         self._device = device
         self._seen = _identity(folder)
         self._snapshot = Snapshot.open(folder, device=device)
@@ -222,6 +232,7 @@ class IndexRetriever:
         device: str = "cpu",
         encoder: str | None = None,
         method: Method = "dense",
+        where: Filter | str | None = None,
         dtype: str = "auto",
         trust_remote_code: bool = False,
     ) -> "IndexRetriever":
@@ -232,6 +243,7 @@ class IndexRetriever:
             device: Where the encoder runs, and FAISS where it can.
             encoder: Where that encoder lies now, if not where it was.
             method: How passages are found.
+            where: What every search is confined to.
             dtype: In which the encoder computes.
             trust_remote_code: Whether code that comes with an encoder of the hub may run.
 
@@ -241,11 +253,12 @@ class IndexRetriever:
             ConfigError: The index has nothing to search by this method.
         """
         folder = Path(path)
+        condition = Filter.parse(where) if isinstance(where, str) else where
         made_with = open_manifest(folder, "index")["encoder"]
         opened = Encoder.reopen(
             made_with, name=encoder, device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
-        return cls(folder, opened, method=method, device=device)
+        return cls(folder, opened, method=method, where=condition, device=device)
 
     def snapshot(self) -> Snapshot:
         """The present state of the index, opened anew where it has changed."""
@@ -303,7 +316,10 @@ class IndexRetriever:
             excluded_QG = np.zeros((len(queries), width), np.uint64)
             for row, groups in enumerate(exclude):
                 excluded_QG[row, : len(groups)] = [name_hash(group) for group in groups]
-        keep_N = now.rows_where(Filter.parse(where) if isinstance(where, str) else where)
+        condition = Filter.parse(where) if isinstance(where, str) else where
+        if self.where is not None:
+            condition = self.where if condition is None else self.where.narrowed(condition)
+        keep_N = now.rows_where(condition)
         scores_QK, rows_QK = self.find(queries, k, role=role, excluded_QG=excluded_QG, keep_N=keep_N, snapshot=now)
         return [
             [now.store.passage(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0]

@@ -15,9 +15,11 @@ from retro.terminal import (
     AsJson,
     Device,
     IndexPath,
+    Method,
     ModelPath,
     Overwrite,
     Seed,
+    Where,
     bars,
     choice,
     passage_json,
@@ -83,6 +85,8 @@ def generate(
     model: ModelPath,
     index: IndexPath = None,
     k: Annotated[int, typer.Option("-k", help="Neighbors at each chunk border; 0 turns retrieval off.")] = 2,
+    method: Method = "dense",
+    where: Where = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw among this many tokens; 0 means all.")] = 0,
@@ -109,7 +113,7 @@ def generate(
         top_p=top_p,
         seed=seed,
     )
-    loaded, tokenizer, retriever = _open_model(model, index if k > 0 else None, resolve_devices(device))
+    loaded, tokenizer, retriever = _open_model(model, index if k > 0 else None, resolve_devices(device), method, where)
     streaming = stream and not as_json
     result = run_generate(
         loaded,
@@ -135,6 +139,8 @@ def ask(
     model: ModelPath,
     index: IndexPath = None,
     k: Annotated[int, typer.Option("-k", help="Passages to read; 0 answers without.")] = 10,
+    method: Method = "dense",
+    where: Where = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -151,7 +157,7 @@ def ask(
 
     question_prompt(question)
     settings = GenerateConfig(num_neighbors=k, neighbor_len=NEIGHBOR_LEN, max_new_tokens=max_new_tokens)
-    loaded, tokenizer, retriever = _open_model(model, index if k > 0 else None, resolve_devices(device))
+    loaded, tokenizer, retriever = _open_model(model, index if k > 0 else None, resolve_devices(device), method, where)
     answer = run_ask(loaded, tokenizer, question, retriever=retriever, config=settings)
     if as_json:
         print_json(
@@ -263,18 +269,13 @@ def main() -> None:
         sys.exit(130)
 
 
-def _open_model(model: Path, index: Path | None, device: str, method: str = "dense") -> tuple[Any, Any, Any]:
+def _open_model(model: Path, index: Path | None, device: str, method: str, where: str | None) -> tuple[Any, Any, Any]:
     from retro.checkpoint import load_model
 
     loaded, tokenizer, _ = load_model(model, device)
     if index is None:
         return loaded, tokenizer, None
-    from index_builder.search import IndexRetriever
+    from index_builder.search import METHODS, IndexRetriever
 
-    return loaded, tokenizer, IndexRetriever.open(index, device=device, method=_method(method))
-
-
-def _method(name: str) -> Any:
-    from index_builder.search import METHODS
-
-    return choice(name, METHODS, "--retriever")
+    retriever = IndexRetriever.open(index, device=device, method=choice(method, METHODS, "--retriever"), where=where)
+    return loaded, tokenizer, retriever

@@ -340,7 +340,16 @@ def test_an_index_that_is_not_there_or_not_one(
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
-@pytest.mark.parametrize("name", ["index/vectors.faiss", "documents/00000.arrow", "chunks/00001.npy", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vectors/00000.npy",
+        "documents/00000.arrow",
+        "chunks/00001.npy",
+        "lexical/part-00000.bm25",
+        "tokenizer.json",
+    ],
+)
 def test_a_damaged_index(retro: Run, tiny_index: Path, tmp_path: Path, name: str, damage: str) -> None:
     folder = shutil.copytree(tiny_index, tmp_path / "x.index")
     content = (folder / name).read_bytes()

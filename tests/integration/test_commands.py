@@ -286,11 +286,19 @@ COMMANDS = [
     "index search",
     "index info",
     "index verify",
+    "index merge",
+    "index export",
+    "index add",
+    "index update",
+    "index remove",
+    "index sync",
+    "plan index",
     "tokenizer train",
     "data",
     "train",
     "generate",
     "ask",
+    "index compact",
     "env",
 ]
 """In the order in which each finds what it needs; without demo, which takes minutes and has tests of its own."""
@@ -303,12 +311,12 @@ def examples(name: str) -> list[str]:
 
 
 def test_every_command_has_an_example(retro: Run) -> None:
-    listed = [(group, retro(*group.split(), "--help").out) for group in ("", "index", "tokenizer")]
+    listed = [(group, retro(*group.split(), "--help").out) for group in ("", "index", "tokenizer", "plan")]
     known = set()
     for group, text in listed:
         names = re.findall(r"^  ([a-z]+)(?:  |$)", text.partition("Commands:")[2], re.MULTILINE)
         known |= {f"{group} {name}".strip() for name in names}
-    assert known - {"index", "tokenizer"} == {*COMMANDS, "demo"}
+    assert known - {"index", "tokenizer", "plan"} == {*COMMANDS, "demo"}
     for name in [*COMMANDS, "demo"]:
         assert examples(name), name
         assert all(shlex.split(line)[1:][: len(name.split())] == name.split() for line in examples(name))
@@ -319,11 +327,19 @@ def test_the_examples_in_the_help_work_one_after_the_other(
     paragraphs: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_jsonl(tmp_path / "wiki.jsonl", paragraphs)
+    for number, name in enumerate(("news", "corrected", "test")):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"id": "1", "text": f"Text {number} about prices of oil in {name}."}])
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").write_text("# Prices\n\nOil is dear.")
     monkeypatch.chdir(tmp_path)
+    given = {path.name for path in tmp_path.iterdir()}
+    assert command("index", "build", "docs", "--out", "docs.index").code == 0
+    assert command("index", "build", "wiki.jsonl", "--out", "part1.index", "--shard", "1/2").code == 0
     for name in COMMANDS:
         for line in examples(name):
             outcome = command(*shlex.split(line)[1:])
             assert outcome.code == 0, (line, outcome)
             assert outcome.out, line
     made = {path.name for path in tmp_path.iterdir()}
-    assert made == {"wiki.jsonl", "wiki.index", "wiki.tok", "wiki.data", "wiki.model"}
+    indexes = {f"{name}.index" for name in ("wiki", "docs", "part0", "part1", "merged")}
+    assert made - given == indexes | {"wiki.tok", "wiki.data", "clean.data", "wiki.model", "wiki.parquet"}

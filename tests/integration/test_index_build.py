@@ -288,7 +288,11 @@ STEPS = [
     *("chunks/00000.npy", "documents/00000.arrow", "chunks/00001.npy", "documents/00001.arrow"),
     *("chunks/00002.npy", "documents/00002.arrow", "documents/counts.json"),
     *("vectors/00000.npy", "vectors/00001.npy", "vectors/00002.npy"),
-    *("index/trained.faiss", "index/part-00000.faiss", "index/part-00000.faiss"),  # written; then it becomes the segment
+    *(
+        "index/trained.faiss",
+        "index/part-00000.faiss",
+        "index/part-00000.faiss",
+    ),  # written; then it becomes the segment
     *("lexical/part-00000.counts", "lexical/words.npy", "lexical/frequencies.npy", "lexical/part-00000.bm25"),
     *("lexical/part-00000.counts", "lexical/statistics.json", "manifest.json"),
 ]

@@ -234,6 +234,15 @@ def test_a_search_in_blocks_equals_brute_force(tmp_path: Path, normalized: bool)
         np.testing.assert_array_equal(scores_K, scores_N[expected])
 
 
+def test_scores_are_summed_in_float64(tmp_path: Path) -> None:
+    # In float32 4096 ** 2 + 1 is 4096 ** 2, so that one of the three numbers is lost on the way, wherever it stands.
+    vectors_NX = np.array([[4096, 1, 1], [1, 4096, 1], [1, 1, 4096]], np.float16)
+    index = open_index(tmp_path, vectors_NX)
+    assert index.search(np.zeros((1, 3), np.float32), 3)[0].tolist() == [[-(2.0**24) - 2] * 3]
+    index = open_index(tmp_path, np.array([[2048, 1, -2048]], np.float16), normalized=True)
+    assert index.search(np.array([[2048, 0.25, 2048]], np.float32), 1)[0].tolist() == [[0.25]]
+
+
 @METRICS
 def test_what_is_not_there_is_minus_one_with_the_score_minus_infinity(tmp_path: Path, normalized: bool) -> None:
     index = open_index(tmp_path, make_vectors(3, 4), normalized=normalized)
