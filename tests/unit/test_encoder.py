@@ -89,7 +89,8 @@ def test_vectors_are_those_of_sentence_transformers(tiny: Encoder, prompted: Enc
         vectors_QX = encoder.encode(TEXTS, role)
         assert vectors_QX.dtype == np.float32
         assert vectors_QX.shape == (len(TEXTS), 32)
-        np.testing.assert_allclose(vectors_QX, expected, rtol=0, atol=1e-6)
+        # There texts are padded to one length: other sums, of numbers up to 2 where they are not normalized.
+        np.testing.assert_allclose(vectors_QX, expected, rtol=0, atol=1e-6 if encoder.normalized else 1e-5)
 
 
 def test_vectors_are_the_mean_of_the_hidden_states(tiny: Encoder, prompted: Encoder) -> None:
