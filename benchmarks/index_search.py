@@ -96,7 +96,7 @@ def drawn(base_NX: NDArray[np.float32], count: int, random: np.random.Generator)
     near = np.argmax(anchor @ pool.T - 2 * (anchor @ pool.T > 0.999), axis=1)
     made = anchor + random.uniform(0, 0.5, (count, 1)).astype(np.float32) * (pool[near] - anchor)
     made += random.normal(0, 0.1 / np.sqrt(made.shape[1]), made.shape).astype(np.float32)
-    return (made / np.linalg.norm(made, axis=1, keepdims=True)).astype(np.float16)
+    return np.asarray(made / np.linalg.norm(made, axis=1, keepdims=True), np.float16)
 
 
 def write_vectors(folder: Path, rows: int, source: Path | None) -> tuple[Vectors, NDArray[np.float32], int]:

@@ -325,9 +325,9 @@ def in_processes() -> Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]
     """Makes artifacts in processes that are killed, and makes them again.
 
     A job has `make` ("index", "data" or "change"), `corpus`, `config`, `out`; for data and changes `index`, for data `tokenizer`.
-    It is done once without interruption in `out/whole`. With `stride`, it is killed with SIGKILL before the first and every stride-th
-    step that changes the disk (a file renamed to its place or deleted) and then done again, each time in a folder of its own; what
-    the kill left is kept in `out/remains<n>`.
+    It is done once without interruption in `out/whole`. With `stride`, it is killed with SIGKILL before the first and every
+    stride-th step that changes the disk (a file renamed to its place or deleted) and then done again, each time in a folder of
+    its own; what the kill left is kept in `out/remains<n>`.
     """
 
     def run(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
