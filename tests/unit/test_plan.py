@@ -203,6 +203,14 @@ def test_parts_lie_beside_the_index_until_they_are_merged() -> None:
     assert plan.seconds["merging"] == pytest.approx(2 * plan.index.memory_bytes / 500e6)
 
 
+def test_product_codes_are_trained_beside_k_means_on_one_core() -> None:
+    plan = plan_corpus(64e6, cores=8, max_memory=120 << 20)
+    assert plan.index.factory == "OPQ96_384,IVF4096,PQ96"
+    k_means = 2 * 64 * 4096 * 4096 * 384 * 10
+    rate = RATES["matrices"].per_s
+    assert plan.seconds["training"] == pytest.approx(k_means / (8 * rate) + 2e13 / rate)
+
+
 def test_k_means_that_does_not_fit_on_the_gpus_runs_on_the_cpu() -> None:
     big, small = plan_corpus(1.7e12, gpu="l4", gpus=8, cores=4), plan_corpus(1e9, gpu="l4", gpus=8, cores=4)
     assert "runs on the CPU" in " ".join(big.notes)
