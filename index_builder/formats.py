@@ -4,10 +4,11 @@ Formats go by suffix, in any case; all but Parquet may end in .gz, .xz or .zst a
 
     .jsonl .ndjson .json    one JSON object a line
     .csv .tsv .parquet      a record a row, in the first two with the names of the columns in the first row
-    .txt .md .markdown .html .htm    a record a file, with a text and a title
+    .txt .md .markdown .html .htm .pdf .docx .pptx    a record a file, with a text and a title
 
-JSON Lines are read here and not through `datasets`, which can neither name the line of a record that is malformed nor
-leave it out. Memory is bounded by the longest line or one-record file allowed. What the fields mean is up to
+PDF, DOCX and PPTX become Markdown through `markitdown`, by its converters of these formats only: without network, plugins and
+models. JSON Lines are read here and not through `datasets`, which can neither name the line of a record that is malformed
+nor leave it out. Memory is bounded by the longest line or one-record file allowed. What the fields mean is up to
 `index_builder.corpus`.
 """
 
@@ -15,10 +16,12 @@ import csv
 import functools
 import io
 import json
+import logging
 import lzma
 import operator
 import re
 import warnings
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -28,7 +31,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retro.errors import CorpusError
+from retro.errors import CorpusError, DependencyError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -38,6 +41,7 @@ KINDS = {
     **{".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".txt": "text"},
     **dict.fromkeys((".md", ".markdown"), "markdown"),
     **dict.fromkeys((".html", ".htm"), "html"),
+    **{".pdf": "pdf", ".docx": "docx", ".pptx": "pptx"},
 }
 COMPRESSIONS = (".gz", ".xz", ".zst")
 NUL = "it holds a NUL character, so it is not plain text or was damaged; remove the character"
@@ -51,6 +55,11 @@ _BLOCK = re.compile(
     "^(address|article|blockquote|body|br|caption|center|d[dlt]|details|div|fieldset|fig(caption|ure)|h[1-6]|head|hr|html|"
     "legend|li|main|menu|[ou]l|p|section|summary|table|tbody|tfoot|thead|tr)$"
 )
+
+_CFB = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
+"""Begins a document of Office that is encrypted, or of a format before 2007."""
+_SLIDE = re.compile(r"<!-- Slide number: \d+ -->")
+_PICTURE = re.compile(r"!\[([^\]\n]*)\]\(([^)\n]*)\)")
 
 Record = tuple[int, dict[str, Any] | str]
 """Line, and the fields or the reason why there are none. Lines are 1-based; 0 where the file is one record."""
@@ -92,6 +101,7 @@ def records(file: File, *, text_field: str, title_field: str, max_bytes: int) ->
 
     Raises:
         CorpusError: The file cannot be read, is damaged or has a bad row of column names.
+        DependencyError: It takes a package that is not installed.
     """
     if file.kind == "parquet":
         yield from enumerate(_parquet_rows(file), start=1)
@@ -361,6 +371,8 @@ def _text_and_title(file: File, stream: BinaryIO, max_bytes: int) -> tuple[str, 
     data = stream.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise RecordError(f"it has more than {max_bytes} bytes; split it or raise --max-document-chars")
+    if file.kind in ("pdf", "docx", "pptx"):
+        return _office(file, data, max_bytes)
     data = data.removeprefix(_BOM)
     if b"\0" in data:
         raise RecordError(NUL)
@@ -428,3 +440,71 @@ def _decode_html(data: bytes) -> str:
         return data.decode(encoding)
     except (LookupError, UnicodeError):
         raise RecordError(f"it is neither UTF-8 nor {encoding}, which it declares; save it as UTF-8") from None
+
+
+def _office(file: File, data: bytes, max_bytes: int) -> tuple[str, str]:
+    """Text as Markdown, and the title: the first heading of level one, else the name of the file."""
+    if file.kind == "pdf":
+        # Readers of PDF look for both in these places; of a truncated file they would show what is left.
+        if b"%PDF-" not in data[:1024] or b"%%EOF" not in data[-1024:]:
+            raise RecordError("it is truncated or no PDF; copy or download it again")
+    else:
+        _check_archive(file.kind, data, max_bytes)
+    text = _converted(file, data).replace("\0", "").replace("\f", "\n\n")
+    text = _PICTURE.sub(_caption, _SLIDE.sub("\n", text))
+    text = re.sub(r"\n[ \t]*\n\s*\n", "\n\n", text).strip()
+    if not text:
+        raise RecordError("it holds no text; if its pages are pictures, have their text recognized first")
+    # A PDF has no headings: a line that begins with # is a line of a program.
+    title = _markdown(text)[1] if file.kind != "pdf" else ""
+    return text, title or parse_filename(PurePath(file.relative).name)[0]
+
+
+def _check_archive(kind: str, data: bytes, max_bytes: int) -> None:
+    if data.startswith(_CFB):
+        raise RecordError(f"it is protected by a password or of an old format; save it as .{kind} without a password")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, OverflowError) as error:
+        raise RecordError(
+            f"it is truncated, damaged or no .{kind} ({_first_line(error)}); copy or download it again"
+        ) from None
+    if size > max_bytes:
+        raise RecordError(f"it has more than {max_bytes} bytes unpacked; split it or raise --max-document-chars")
+
+
+def _converted(file: File, data: bytes) -> str:
+    # The libraries write to their logs about fonts that lack a box, and the like.
+    logging.getLogger("pdfminer").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            from markitdown import MissingDependencyException, StreamInfo
+            from markitdown.converters import DocxConverter, PdfConverter, PptxConverter
+        except ImportError as error:
+            raise DependencyError(f"{file.shown} takes markitdown, which is missing: install retro-lm[docs]") from error
+        converters: dict[str, Any] = {"pdf": PdfConverter, "docx": DocxConverter, "pptx": PptxConverter}
+        try:
+            # Plain text needs no backslashes before its underscores and asterisks.
+            made = converters[file.kind]().convert(
+                io.BytesIO(data),
+                StreamInfo(extension=f".{file.kind}"),
+                escape_underscores=False,
+                escape_asterisks=False,
+            )
+        except MissingDependencyException as error:
+            raise DependencyError(
+                f"{file.shown} takes markitdown[{file.kind}], which is missing: install retro-lm[docs]"
+            ) from error
+        except Exception as error:  # the libraries raise nearly everything
+            if "Password" in type(error).__name__:
+                raise RecordError("it is protected by a password; save it without one") from None
+            reason = f"{type(error).__name__}: {_first_line(error)}".removesuffix(": ")
+            raise RecordError(f"it is damaged or no .{file.kind} ({reason}); open and save it again") from None
+    return str(made.markdown)
+
+
+def _caption(picture: re.Match[str]) -> str:
+    """What a picture shows in words. Pictures without a description are named "Picture 3" and linked as Picture3.jpg."""
+    return "" if re.sub(r"\W", "", picture[1]) + ".jpg" == picture[2] else picture[1]
