@@ -6,7 +6,8 @@
     python benchmarks/index_search.py --rows 1000000 --peer-python peers/bin/python
 
 Without enough real vectors, further ones are drawn around them: a real one, moved towards one of the nearest of a sample by a
-random share, plus noise of a tenth of its length, normalized. Queries are other real vectors, which are not in the index.
+random share, plus noise of a tenth of its length, normalized. Queries are as many real and drawn ones, none of
+them in the index.
 Without --vectors the bundled SQuAD chunks are encoded. --budget limits the data of the process (RLIMIT_DATA).
 Peers need an environment of their own: python -m venv peers && peers/bin/pip install autofaiss hnswlib "numpy<2" "pyarrow<19"
 """
@@ -112,7 +113,8 @@ def write_vectors(folder: Path, rows: int, source: Path | None) -> tuple[Vectors
         path = folder / f"{first // SHARD:05d}.npy"
         np.save(path, np.concatenate([given, drawn(around, end - first - len(given), random)]))
         shards.append(np.load(path, mmap_mode="r"))
-    queries = held_out[:QUERIES]
+    given = held_out[: round(QUERIES * num_real / rows)]
+    queries = np.concatenate([given, drawn(around, QUERIES - len(given), random).astype(np.float32)])
     np.save(folder / "queries.npy", queries)
     return Vectors(shards), queries, num_real
 

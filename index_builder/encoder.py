@@ -7,12 +7,14 @@ import logging
 import os
 import queue
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
+import tokenizers
 import torch
 from numpy.typing import NDArray
 
@@ -27,33 +29,59 @@ DEFAULT_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4
 """Of `model.safetensors` as published with sentence-transformers/all-MiniLM-L6-v2."""
 SLICE_TEXTS = 8192
 """Texts that are sorted by length together; the next ones are tokenized meanwhile."""
-MIN_TOKENS = 64
-"""Tokens of a forward pass at least."""
+MIN_ROWS = 64
+"""Rows of a matrix product at least: products of a handful of rows are computed in another order than larger ones."""
+NO_LIMIT = 10**9
+"""`max_length` of models that read texts of any length."""
+_TASK = "Instruct: Given a web search query, retrieve relevant passages that answer the query"
 # Prompts that were published with families of models whose files name none.
 _FAMILIES: tuple[tuple[str, str, str, str], ...] = (
+    (r"(^|[/_-])multilingual-e5-large-instruct", "E5-instruct", f"{_TASK}\nQuery: ", ""),
     (r"(^|[/_-])(multilingual-)?e5-(small|base|large)", "E5", "query: ", "passage: "),
     (r"(^|[/_-])bge-[a-z]+-en", "BGE", "Represent this sentence for searching relevant passages: ", ""),
-    (
-        r"(^|[/_-])qwen3-embedding",
-        "Qwen3-Embedding",
-        "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:",
-        "",
-    ),
+    (r"(^|[/_-])qwen3-embedding", "Qwen3-Embedding", f"{_TASK}\nQuery:", ""),
 )
+
+
+_ARRAYS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class _Layout(NamedTuple):
+    """How a model wants the tokens of texts of one role."""
+
+    prompt: str
+    names: tuple[str, ...]
+    """Those of _ARRAYS, each [B, T], that it takes."""
+    rest: dict[str, Any]
+    """What is the same for all texts."""
+
+
+class _Slice(NamedTuple):
+    """Some texts, ready to be computed."""
+
+    texts: list[str]
+    lengths_Q: NDArray[np.int64]
+    """Tokens; characters where the model tokenizes by itself."""
+    ids: NDArray[np.int64] | None
+    """Tokens of all texts, one text after the other, if it does not."""
+    starts_Q: NDArray[np.int64]
+    """Where each text begins in `ids`."""
+    num_cut: int
 
 
 class Encoder:
     """A sentence-transformers model in eval mode, without gradients.
 
     On a CPU texts with the same number of tokens are computed together and nothing is padded. So a vector is a function of its text
-    alone, to the last bit: it depends neither on the texts beside it nor on the number of texts. On a GPU lengths are
-    rounded up to a multiple of 8 within a batch.
+    alone, to the last bit: it depends neither on the texts beside it nor on the number of texts. On a GPU lengths are rounded up
+    to a multiple of 8, and bits may depend on the number of texts. Neither holds for a model that is no transformer with a fast
+    tokenizer: sentence-transformers itself forms its batches.
 
     Attributes:
         dim: X, width of a vector.
         normalized: Whether vectors have length 1.
         max_length: Tokens of a text that the model reads; the rest is cut.
-        dtype: In which it computes; weights stay as they are.
+        dtype: In which it computes matrix products.
         fingerprint: Equal for models that give equal vectors but for rounding: weights, tokenizer, modules, prompts, length read.
     """
 
@@ -73,11 +101,18 @@ class Encoder:
         self.batch_size = batch_size
         self.dtype = dtype
         self.dim = int(model.get_embedding_dimension())
-        self.normalized = any(type(module).__name__ == "Normalize" for module in model)
-        self.max_length = int(model.max_seq_length)
+        self._normalizes = any(type(module).__name__ == "Normalize" for module in model)
+        # Vectors that a model cuts short have another length afterwards.
+        self.normalized = self._normalizes and (model.truncate_dim is None or options["normalize"] is True)
+        limit = model.max_seq_length
+        self.max_length = NO_LIMIT if limit is None else int(min(limit, NO_LIMIT))
         self.prompts = {key: str(value) for key, value in dict(model.prompts).items()}
         self._options = options
         self.fingerprint = self._fingerprint()
+        for each in self._models:
+            _prepare(each, dtype)
+        self._cutting = self._tokenizer_with_limit()
+        self._layouts = {role: self._layout(role) for role in get_args(Role)}
 
     @classmethod
     def open(
@@ -103,7 +138,7 @@ class Encoder:
             device: Where it runs, `cpu`, `cuda` or `cuda:N`; several, as in `cuda:0,cuda:1`, hold a copy each.
             dtype: In which it computes; `auto` is bfloat16 where the device does that natively, else float32 (float16 on
                 older GPUs).
-            batch_size: Texts of one forward pass; 64 on a CPU and 512 on a GPU where None.
+            batch_size: Texts of one forward pass, fewer of more than 256 tokens; 64 on a CPU and 512 on a GPU where None.
             trust_remote_code: Whether code that comes with the model may run.
             max_length: Tokens of a text to read; None leaves the model's own limit.
             query_prompt: Put in front of questions; None takes the model's own, or that of its family.
@@ -143,7 +178,7 @@ class Encoder:
                 "sentence-transformers model, or a name that the Hugging Face hub knows"
             ) from error
         if not any(models[0].prompts.values()):
-            query_prompt, document_prompt = _family_prompts(name, query_prompt, document_prompt)
+            query_prompt, document_prompt = _family_prompts(source, name, query_prompt, document_prompt)
         for model in models:
             _configure(model, name, max_length, query_prompt, document_prompt, normalize)
         options = {
@@ -189,84 +224,166 @@ class Encoder:
         Returns:
             Vectors [n, X], float32.
         """
+        return self.encode_counted(texts, role, progress=progress)[0]
+
+    def encode_counted(
+        self, texts: Sequence[str], role: Role, *, progress: Callable[[int], None] | None = None
+    ) -> tuple[NDArray[np.float32], int]:
+        """As `encode`; also how many of the texts were cut at `max_length`, which their tokenization tells."""
         vectors_QX = np.empty((len(texts), self.dim), np.float32)
-        slices = [list(texts[start : start + SLICE_TEXTS]) for start in range(0, len(texts), SLICE_TEXTS)]
-        done = 0
+        size = SLICE_TEXTS if self._on_cpu else 2 * SLICE_TEXTS
+        starts = range(0, len(texts), size)
+        done = num_cut = 0
         free: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for model in self._models:
             free.put(model)
 
-        def compute(part: list[str], start: int, batch: tuple[NDArray[np.int64], int]) -> int:
-            numbers, copies = batch
+        def compute(start: int, part: _Slice, batch: tuple[NDArray[np.int64], int]) -> int:
+            numbers_B, length = batch
             model = free.get()
             try:
-                made = self._forward(model, [part[i] for i in numbers.tolist()] * copies, role)
-                vectors_QX[start + numbers] = made[: len(numbers)]
+                made_BX = self._forward(model, self._input(part, numbers_B, length, role), role)
             finally:
                 free.put(model)
-            return len(numbers)
+            vectors_QX[start + numbers_B] = made_BX[: len(numbers_B)]
+            return len(numbers_B)
 
         with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(len(self._models)) as workers:
-            coming = ahead.submit(self._batches, slices[0], role) if slices else None
-            for number, part in enumerate(slices):
-                assert coming is not None
-                batches = coming.result()
-                if number + 1 < len(slices):
-                    coming = ahead.submit(self._batches, slices[number + 1], role)
-                call = functools.partial(compute, part, number * SLICE_TEXTS)
+            coming = [ahead.submit(self._read, texts[start : start + size], role) for start in starts[:1]]
+            for start in starts:
+                part = coming.pop().result()
+                if start + size < len(texts):
+                    coming.append(ahead.submit(self._read, texts[start + size : start + 2 * size], role))
+                num_cut += part.num_cut
+                call, batches = functools.partial(compute, start, part), self._batches(part)
                 # One model computes in this thread: another one would have to start threads of its own for every matrix product.
                 for count in workers.map(call, batches) if len(self._models) > 1 else map(call, batches):
                     done += count
                     if progress is not None:
                         progress(done)
-        return vectors_QX
+        return vectors_QX, num_cut
 
-    def _forward(self, model: Any, texts: list[str], role: Role) -> NDArray[np.float32]:
-        function = model.encode_document if role == "document" else model.encode_query
+    @property
+    def _on_cpu(self) -> bool:
+        return bool(self._model.device.type == "cpu")
+
+    def _read(self, texts: Sequence[str], role: Role) -> _Slice:
+        """Tokenizes texts, in pieces: what the tokenizer makes of a text takes much more memory than its ids."""
+        layout = self._layouts[role]
+        if layout is None or self._cutting is None:
+            lengths_Q = np.array([len(text) for text in texts], np.int64)
+            num_cut = 0 if self._cutting is None else self.count_truncated(texts, self.tokenizer())
+            return _Slice(list(texts), lengths_Q, None, lengths_Q, num_cut)
+        pad = [self._model.tokenizer.pad_token_id or 0]
+        ids: list[NDArray[np.int64]] = []
+        lengths: list[int] = []
+        num_cut = 0
+        for first in range(0, len(texts), 1024):
+            encodings = self._cutting.encode_batch_fast([layout.prompt + text for text in texts[first : first + 1024]])
+            num_cut += sum(bool(encoding.overflowing) for encoding in encodings)
+            rows = [encoding.ids or pad for encoding in encodings]
+            lengths += map(len, rows)
+            ids.append(np.fromiter(chain.from_iterable(rows), np.int64))
+        lengths_Q = np.array(lengths, np.int64)
+        return _Slice([], lengths_Q, np.concatenate(ids), np.cumsum(lengths_Q) - lengths_Q, num_cut)
+
+    def _batches(self, part: _Slice) -> Iterator[tuple[NDArray[np.int64], int]]:
+        """Numbers of the texts of each forward pass and the tokens that they are padded to, the longest first."""
+        order_Q = np.argsort(-part.lengths_Q, kind="stable")
+        if part.ids is None:
+            padded_Q = np.ones_like(part.lengths_Q)
+        else:
+            step = 1 if self._on_cpu else 8
+            padded_Q = np.minimum(-(-part.lengths_Q // step) * step, self.max_length)
+        for group_Q in np.split(order_Q, np.flatnonzero(np.diff(padded_Q[order_Q])) + 1):
+            length = int(padded_Q[group_Q[0]])
+            size = max(1, min(self.batch_size, 256 * self.batch_size // length))
+            for first in range(0, len(group_Q), size):
+                yield group_Q[first : first + size], length
+
+    def _input(self, part: _Slice, numbers_B: NDArray[np.int64], length: int, role: Role) -> dict[str, Any] | list[str]:
+        """What the model's `preprocess` makes of these texts padded to `length` tokens; or the texts."""
+        layout = self._layouts[role]
+        if layout is None or part.ids is None:
+            return [part.texts[number] for number in numbers_B.tolist()]
+        if self._on_cpu:
+            numbers_B = np.tile(numbers_B, -(-MIN_ROWS // (len(numbers_B) * length)))
+        lengths_B1 = part.lengths_Q[numbers_B, None]
+        left = self._model.tokenizer.padding_side == "left"
+        places_BT = np.arange(length) - (length - lengths_B1 if left else np.zeros_like(lengths_B1))
+        keep_BT = (places_BT >= 0) & (places_BT < lengths_B1)
+        ids_BT = part.ids[part.starts_Q[numbers_B, None] + np.clip(places_BT, 0, lengths_B1 - 1)]
+        ids_BT[~keep_BT] = self._model.tokenizer.pad_token_id or 0
+        arrays = (ids_BT, keep_BT.astype(np.int64), np.zeros_like(ids_BT))
+        tensors = {name: torch.from_numpy(array) for name, array in zip(_ARRAYS, arrays, strict=True)}
+        return {name: tensors[name] for name in layout.names} | layout.rest
+
+    def _forward(self, model: Any, made: dict[str, Any] | list[str], role: Role) -> NDArray[np.float32]:
         kind = model.device.type
-        with torch.autocast(kind, getattr(torch, self.dtype), enabled=self.dtype != "float32"):
-            made = function(texts, batch_size=len(texts), show_progress_bar=False, convert_to_tensor=True)
-        vectors_QX: NDArray[np.float32] = made.float().cpu().numpy()
-        if self.normalized and self.dtype != "float32":
+        with torch.inference_mode(), torch.autocast(kind, getattr(torch, self.dtype), enabled=self.dtype != "float32"):
+            if isinstance(made, list):
+                function = model.encode_document if role == "document" else model.encode_query
+                vectors = function(made, batch_size=len(made), show_progress_bar=False, convert_to_tensor=True)
+            else:
+                for name in made.keys() & set(_ARRAYS):
+                    made[name] = made[name].to(model.device)
+                vectors = model(made, task=role)["sentence_embedding"]
+        vectors_BX: NDArray[np.float32] = vectors[:, : self.dim].float().cpu().numpy()
+        if self.normalized and (self.dtype != "float32" or model.truncate_dim is not None):
             # Rounding to 16 bits leaves lengths that differ from 1 by some thousandths.
-            vectors_QX /= np.linalg.norm(vectors_QX, axis=1, keepdims=True)
-        return vectors_QX
+            vectors_BX /= np.maximum(np.linalg.norm(vectors_BX, axis=1, keepdims=True), 1e-12)
+        return vectors_BX
 
-    def _batches(self, texts: list[str], role: Role) -> list[tuple[NDArray[np.int64], int]]:
-        """Numbers of the texts of each forward pass, of one length, the longest first; and how often each is computed."""
+    def _layout(self, role: Role) -> _Layout | None:
+        """How the model wants the tokens of texts of a role; None if it wants something else than tokens, or other ones than those
+        that `_read` makes. Found out with one text that is cut."""
         names = ("document", "passage", "corpus") if role == "document" else ("query",)
-        prompt = next((self.prompts[name] for name in names if name in self.prompts), "")
-        lengths = self._lengths([prompt + text for text in texts])
-        if self._model.device.type != "cpu":
-            lengths = -(-lengths // 8)
-        batches = []
-        for length in np.unique(lengths)[::-1].tolist():
-            same = np.flatnonzero(lengths == length)
-            for first in range(0, len(same), self.batch_size):
-                batch = same[first : first + self.batch_size]
-                # Products with a handful of rows are computed in another order than larger ones.
-                batches.append((batch, -(-MIN_TOKENS // (len(batch) * max(length, 1)))))
-        return batches
+        prompt_name = next((name for name in names if name in self.prompts), self._model.default_prompt_name)
+        prompt = self.prompts.get(prompt_name, "")
+        probe = "The price of oil, 1973: [CLS] <s> \u65e5\u672c " * (min(self.max_length, 1024) // 8 + 1)
+        try:
+            theirs = self._model.preprocess([probe], prompt=prompt, task=role)
+            tensors = {name: value for name, value in theirs.items() if isinstance(value, torch.Tensor)}
+            ours = [] if self._cutting is None else self._cutting.encode(prompt + probe).ids
+            expected = dict(zip(_ARRAYS, (ours, [1] * len(ours), [0] * len(ours)), strict=True))
+            if "attention_mask" in tensors and all(tensors[name].tolist() == [expected[name]] for name in tensors):
+                return _Layout(prompt, tuple(tensors), {name: theirs[name] for name in theirs if name not in tensors})
+        except Exception as error:  # the libraries raise nearly everything
+            logger.debug("%s: %s", self.name, error)
+        logger.info("%s: texts are tokenized by sentence-transformers, in batches of its own", self.name)
+        return None
 
-    def _lengths(self, texts: list[str]) -> NDArray[np.int64]:
-        """Tokens of each text."""
-        backend = getattr(self._model.tokenizer, "backend_tokenizer", None)
+    def _tokenizer_with_limit(self) -> tokenizers.Tokenizer | None:
+        """The model's fast tokenizer, in a copy that cuts texts and does not pad them."""
+        backend = _backend(self._model)
         if backend is None:
-            return np.arange(len(texts), dtype=np.int64)  # each text alone
-        counts = [len(ids) for ids in Tokenizer.wrap(backend).encode_batch(texts)]
-        return np.minimum(np.array(counts, np.int64), self.max_length)
+            return None
+        copy = tokenizers.Tokenizer.from_str(backend.to_str())
+        copy.no_padding()
+        copy.no_truncation()
+        if self.max_length < NO_LIMIT:
+            side = getattr(self._model.tokenizer, "truncation_side", "right")
+            copy.enable_truncation(self.max_length, direction=side)
+        copy.encode_special_tokens = getattr(self._model.tokenizer, "split_special_tokens", False)
+        return copy
 
     def tokenizer(self) -> Tokenizer:
         """The model's own tokenizer, to count the tokens of chunks."""
-        backend = getattr(self._model.tokenizer, "backend_tokenizer", None)
+        backend = _backend(self._model)
         if backend is None:
             raise ConfigError(f"the encoder {self.name} has no fast tokenizer: name one with --tokenizer")
         return Tokenizer.wrap(backend)
 
     def count_truncated(self, texts: Sequence[str], tokenizer: Tokenizer) -> int:
-        """How many texts are longer than the encoder reads, by `tokenizer` and two special tokens."""
-        limit = self.max_length - 2
-        return sum(len(ids) > limit for ids in tokenizer.encode_batch(list(texts)))
+        """How many chunks are longer than the encoder reads, by `tokenizer` and the prompt and special tokens of the encoder."""
+        if self.max_length == NO_LIMIT:
+            return 0
+        layout = self._layouts["document"]
+        prompt = "" if layout is None else layout.prompt
+        limit = self.max_length - (
+            2 if self._cutting is None else self._cutting.num_special_tokens_to_add(is_pair=False)
+        )
+        return sum(len(ids) > limit for ids in tokenizer.encode_batch([prompt + text for text in texts]))
 
     def description(self) -> dict[str, Any]:
         """What a manifest keeps of the encoder."""
@@ -286,9 +403,8 @@ class Encoder:
         for name, tensor in sorted(self._model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(dtype=torch.uint8).numpy().data)
-        backend = getattr(self._model.tokenizer, "backend_tokenizer", None)
         settings = {
-            "tokenizer": None if backend is None else Tokenizer.wrap(backend).fingerprint,
+            "tokenizer": _tokenizer_fingerprint(self._model),
             "modules": [_settings(module) for module in self._model],
             "prompts": self.prompts,
             "max_length": self.max_length,
@@ -308,11 +424,50 @@ def resolve_dtype(dtype: str, device: str) -> str:
     return "bfloat16" if any(ask is not None and ask() for ask in native) else "float32"
 
 
-def _family_prompts(name: str, query: str | None, document: str | None) -> tuple[str | None, str | None]:
+def _backend(model: Any) -> tokenizers.Tokenizer | None:
+    """The fast tokenizer of a model, if it has one."""
+    tokenizer = getattr(model[0], "tokenizer", None)
+    if isinstance(tokenizer, tokenizers.Tokenizer):  # static embeddings
+        return tokenizer
+    return getattr(tokenizer, "backend_tokenizer", None)
+
+
+def _tokenizer_fingerprint(model: Any) -> str | None:
+    backend = _backend(model)
+    if backend is None:
+        return None
+    try:
+        return Tokenizer.wrap(backend).fingerprint
+    except ConfigError:  # it has no special tokens
+        return hashlib.sha256(backend.to_str().encode()).hexdigest()
+
+
+def _prepare(model: Any, dtype: str) -> None:
+    """Weights of matrix products in the type of the product, where autocast would convert them anew for each batch; all others
+    in float32, whatever a model was published in. And products of one row a text are given more rows, as all others are."""
+    for module in model.modules():
+        wanted = getattr(torch, dtype) if isinstance(module, torch.nn.Linear) else torch.float32
+        for weight in module.parameters(recurse=False):
+            if weight.is_floating_point():
+                weight.data = weight.data.to(wanted)
+    for module in model:
+        if type(module).__name__ == "Dense" and model.device.type == "cpu":
+            module.register_forward_pre_hook(_repeat_rows)
+
+
+def _repeat_rows(_: Any, inputs: tuple[dict[str, Any]]) -> None:
+    vectors = inputs[0].get("sentence_embedding")
+    if vectors is not None:
+        inputs[0]["sentence_embedding"] = vectors.repeat(-(-MIN_ROWS // len(vectors)), 1)
+
+
+def _family_prompts(source: str, name: str, query: str | None, document: str | None) -> tuple[str | None, str | None]:
     """Prompts that were published with the family of a model whose files name none, where the user gives none. They become options,
-    so that the model keeps them wherever it is moved."""
+    so that the model keeps them wherever it is moved. The family is that of the name, or of the name under which it was trained."""
+    config = Path(source, "config.json")
+    trained = json.loads(config.read_bytes()).get("_name_or_path", "") if config.is_file() else ""
     for pattern, family, family_query, family_document in _FAMILIES:
-        if re.search(pattern, name.lower()):
+        if re.search(pattern, name.lower()) or re.search(pattern, str(trained).lower()):
             query = family_query if query is None else query
             document = family_document if document is None else document
             logger.info("%s: prompts as of the family %s: %r and %r", name, family, query, document)
@@ -331,6 +486,10 @@ def _configure(
     """Applies the settings that are not None."""
     if max_length is not None:
         config = getattr(getattr(model[0], "auto_model", None), "config", None)
+        if config is None:
+            raise ConfigError(
+                f"max_length = {max_length}: the encoder {name!r} is no transformer, it reads all of a text"
+            )
         longest = getattr(config, "max_position_embeddings", None)
         if max_length < 3 or (longest is not None and max_length > longest):
             raise ConfigError(f"max_length = {max_length}: the encoder {name!r} reads 3 to {longest} tokens")

@@ -31,7 +31,9 @@ MIN_TRAIN = 65_536
 HNSW_FROM = 16_384
 """Lists from which on their centroids are found through a graph."""
 PART_ROWS = 262_144
-"""Rows that are added in one go: bounds memory."""
+"""Rows that are added in one go, where there are not very many lists: bounds memory."""
+ROWS_PER_LIST = 16
+"""Rows of a part for each list at least: every part holds all centroids."""
 FREE_LIMIT = 8 << 30
 """Bytes that an index takes where nobody says otherwise."""
 RAM_COPY = 2 << 30
@@ -169,15 +171,19 @@ def plan_index(
 
 def _planned(factory: str, reason: str, num_vectors: int, dim: int) -> IndexPlan:
     if factory == "Flat":
-        per_vector, fixed = 4.0 * dim, 0
+        per_vector, fixed, lists = 4.0 * dim, 0, 0
     else:
-        index = _make(factory, dim, "L2")
+        index = _make(factory, dim, "L2")  # held, because its lists point into it
         ivf = _ivf(index)
-        per_vector = float(index.sa_code_size()) if ivf is None else float(ivf.code_size + 8)
-        fixed = 0 if ivf is None else ivf.nlist * (4 * ivf.d + (32 * 2 * 4 if "HNSW" in factory else 0))
-    memory = int(per_vector * num_vectors) + fixed
+        lists = int(ivf.nlist)
+        per_vector = float(ivf.code_size + 8)
+        fixed = lists * (4 * ivf.d + (32 * 2 * 4 if "HNSW" in factory else 0))
     return IndexPlan(
-        factory=factory, reason=reason, bytes_per_vector=per_vector, memory_bytes=memory, part_rows=PART_ROWS
+        factory=factory,
+        reason=reason,
+        bytes_per_vector=per_vector,
+        memory_bytes=int(per_vector * num_vectors) + fixed,
+        part_rows=max(PART_ROWS, ROWS_PER_LIST * lists),
     )
 
 

@@ -165,7 +165,7 @@ def test_parquet_is_read_with_values_that_json_does_not_have(tmp_path: Path) -> 
 def test_a_folder_is_read_in_the_order_of_its_posix_paths(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "manual"
     write(folder / "b" / "records.jsonl", {"text": "r1"}, {"text": "r2", "id": "own"})
-    for name in ("z.txt", "a/two.md", "a-b.txt", "B.html", "a/x.pdf", "y.pdf", "c.docx", "Makefile"):
+    for name in ("z.txt", "a/two.md", "a-b.txt", "B.html", "a/x.png", "y.png", "c.rtf", "Makefile"):
         write(folder / name, b"words")
     write(folder / ".hidden.txt", b"words")
     write(folder / ".git" / "x.txt", b"words")
@@ -181,11 +181,11 @@ def test_a_folder_is_read_in_the_order_of_its_posix_paths(tmp_path: Path, caplog
         "manual:t.csv.gz:2",
         "manual:z.txt",
     ]
-    assert caplog.messages == [f"{folder}: 4 files with other suffixes skipped: .pdf 2, (none) 1, .docx 1"]
+    assert caplog.messages == [f"{folder}: 4 files with other suffixes skipped: .png 2, (none) 1, .rtf 1"]
 
 
 def test_a_folder_without_a_file_to_read_is_an_error(tmp_path: Path) -> None:
-    write(tmp_path / "c" / "x.pdf", b"words")
+    write(tmp_path / "c" / "x.png", b"words")
     assert f"{tmp_path}/c holds no file that can be read; add files of .jsonl" in error_of(tmp_path / "c")
     with pytest.raises(CorpusError, match="holds no file that can be read"):
         describe_corpora([str(tmp_path / "c")])
@@ -241,13 +241,13 @@ def test_two_corpora_may_share_ids_and_not_names(tmp_path: Path) -> None:
     [
         ("missing.jsonl", "missing.jsonl does not exist; check the path"),
         ("n=missing", "missing does not exist; check the path"),
-        ("book.pdf", "book.pdf has a suffix that is not known; convert it to one of .jsonl"),
+        ("book.png", "book.png has a suffix that is not known; convert it to one of .jsonl"),
         ("t.parquet.gz", "t.parquet.gz has a suffix that is not known"),
         ("a:b.txt", "the name of a:b.txt would be 'a:b'; give one with NAME=PATH"),
         ("loop.txt", "loop.txt cannot be read (Too many levels of symbolic links); check the path"),
         ("a\0b", "cannot be read (embedded null byte); check the path"),
         ("hf:./missing:train", "missing does not exist; check the path"),
-        ("hf:./book.pdf:train", "book.pdf is not a folder; write hf:FOLDER:SPLIT"),
+        ("hf:./book.png:train", "book.png is not a folder; write hf:FOLDER:SPLIT"),
         ("hf:name", "hf:name is not a dataset; write hf:NAME[@REVISION][/CONFIG]:SPLIT"),
         ("hf:name:", "hf:name: is not a dataset"),
         ("hf:a/b/c/d:train", "hf:a/b/c/d:train is not a dataset"),
@@ -257,7 +257,7 @@ def test_two_corpora_may_share_ids_and_not_names(tmp_path: Path) -> None:
 def test_a_corpus_that_cannot_be_found_is_an_error_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, message: str
 ) -> None:
-    for name in ("book.pdf", "t.parquet.gz", "a:b.txt"):
+    for name in ("book.png", "t.parquet.gz", "a:b.txt"):
         write(tmp_path / name)
     (tmp_path / "loop.txt").symlink_to("loop.txt")
     monkeypatch.chdir(tmp_path)
@@ -409,7 +409,7 @@ def test_the_module_loads_no_heavy_package() -> None:
 
 def test_a_description_changes_with_the_content_of_files_and_not_with_their_place_or_time(tmp_path: Path) -> None:
     path = write(tmp_path / "c" / "a" / "x.jsonl", {"text": "a"})
-    (tmp_path / "c" / "skipped.pdf").write_bytes(b"")
+    (tmp_path / "c" / "skipped.png").write_bytes(b"")
     before = describe_corpora([f"n={tmp_path}/c", str(path)])
     info = {"bytes": 14, "sha256": hashlib.sha256(b'{"text": "a"}\n').hexdigest()}
     assert before == [
