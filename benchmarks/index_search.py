@@ -113,8 +113,9 @@ def write_vectors(folder: Path, rows: int, source: Path | None) -> tuple[Vectors
         path = folder / f"{first // SHARD:05d}.npy"
         np.save(path, np.concatenate([given, drawn(around, end - first - len(given), random)]))
         shards.append(np.load(path, mmap_mode="r"))
-    given = held_out[: round(QUERIES * num_real / rows)]
-    queries = np.concatenate([given, drawn(around, QUERIES - len(given), random).astype(np.float32)])
+    real_queries = held_out[: round(QUERIES * num_real / rows)]
+    others = drawn(around, QUERIES - len(real_queries), random).astype(np.float32)
+    queries = np.concatenate([real_queries, others])
     np.save(folder / "queries.npy", queries)
     return Vectors(shards), queries, num_real
 

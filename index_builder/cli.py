@@ -550,12 +550,9 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _leave_room_for_searches() -> None:
-    """A change of a live index takes half of the cores, and those only while nobody else wants them."""
-    import os
-
+    """A change of a live index takes half of the cores."""
     import torch
 
-    os.nice(10)
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
 
 

@@ -282,7 +282,7 @@ def test_a_table_of_neighbors_made_elsewhere_is_taken_without_the_own_group(
     rows_NK = index_rows(data_of(tmp_path / "x.data", corpus, tokenizer, retriever, neighbors=str(path)))
     group_of_key = {f"wiki:{record['id']}": record["group"] for record in records}
     group_of_row = [group_of_key[retriever.store.passage(row).key] for row in range(n)]
-    searched = (plain.arrays.neighbors >= 0).any(axis=1)  # finished chunks
+    searched = [any(n >= 0 for n in row) for row in plain.arrays.neighbors.tolist()]  # finished chunks
     for document, record in enumerate(records):
         for chunk in range(*plain.chunk_starts[document : document + 2].tolist()):
             kept = [r for r in table[chunk].tolist() if r >= 0 and group_of_row[r] != record["group"]][:2]
