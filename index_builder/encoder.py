@@ -101,9 +101,9 @@ class Encoder:
         self.batch_size = batch_size
         self.dtype = dtype
         self.dim = int(model.get_embedding_dimension())
-        self._normalizes = any(type(module).__name__ == "Normalize" for module in model)
-        # Vectors that a model cuts short have another length afterwards.
-        self.normalized = self._normalizes and (model.truncate_dim is None or options["normalize"] is True)
+        # Vectors that a model shortens afterwards are not of length 1 any more.
+        whole = model.truncate_dim is None or options["normalize"] is True
+        self.normalized = whole and any(type(module).__name__ == "Normalize" for module in model)
         limit = model.max_seq_length
         self.max_length = NO_LIMIT if limit is None else int(min(limit, NO_LIMIT))
         self.prompts = {key: str(value) for key, value in dict(model.prompts).items()}
@@ -453,12 +453,19 @@ def _prepare(model: Any, dtype: str) -> None:
     for module in model:
         if type(module).__name__ == "Dense" and model.device.type == "cpu":
             module.register_forward_pre_hook(_repeat_rows)
+            module.register_forward_hook(_drop_copies)
 
 
 def _repeat_rows(_: Any, inputs: tuple[dict[str, Any]]) -> None:
-    vectors = inputs[0].get("sentence_embedding")
-    if vectors is not None:
-        inputs[0]["sentence_embedding"] = vectors.repeat(-(-MIN_ROWS // len(vectors)), 1)
+    if "sentence_embedding" in inputs[0]:
+        vectors_BX = inputs[0]["sentence_embedding"]
+        inputs[0]["num_rows"] = len(vectors_BX)
+        inputs[0]["sentence_embedding"] = vectors_BX.repeat(-(-MIN_ROWS // len(vectors_BX)), 1)
+
+
+def _drop_copies(_: Any, __: Any, features: dict[str, Any]) -> None:
+    if "num_rows" in features:
+        features["sentence_embedding"] = features["sentence_embedding"][: features.pop("num_rows")]
 
 
 def _family_prompts(source: str, name: str, query: str | None, document: str | None) -> tuple[str | None, str | None]:

@@ -238,6 +238,8 @@ def _sample(vectors: Vectors, size: int, seed: int) -> Floats:
     sample_NX = np.empty((size, vectors.dim), np.float32)
     for first in range(0, size, 65_536):
         sample_NX[first : first + 65_536] = vectors.gather(rows[first : first + 65_536])
+    for shard in vectors._shards:
+        _forget(shard)
     return sample_NX
 
 
