@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from index_builder.encoder import DEFAULT_WEIGHTS_SHA256, SLICE_TEXTS, Encoder, resolve_dtype
+from index_builder.encoder import DEFAULT_WEIGHTS_SHA256, NO_LIMIT, SLICE_TEXTS, Encoder, resolve_dtype
 from retro.errors import ConfigError
 from retro.generate import Role
 
@@ -47,6 +47,74 @@ def by_hand(folder: Path, texts: list[str]) -> NDArray[np.float64]:
     return np.stack(vectors)
 
 
+def rewrite(path: Path, **changes: Any) -> None:
+    """Changes entries of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | changes), encoding="utf-8")
+
+
+def decoder(folder: Path) -> Path:
+    """Makes a model of `make_encoder` one like Qwen3-Embedding: causal, the last token is the vector, padding on the left."""
+    import transformers
+
+    config = transformers.Qwen3Config(
+        vocab_size=1500,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.Qwen3Model(config).save_pretrained(folder)
+    rewrite(folder / "1_Pooling" / "config.json", pooling_mode_mean_tokens=False, pooling_mode_lasttoken=True)
+    rewrite(folder / "tokenizer_config.json", padding_side="left")
+    return folder
+
+
+def with_dense(folder: Path) -> Path:
+    """Puts a matrix behind the pooling of a model."""
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dense = Dense(32, 64)
+    (folder / "3_Dense").mkdir()
+    dense.save(str(folder / "3_Dense"))
+    modules = json.loads((folder / "modules.json").read_bytes())
+    kind = "sentence_transformers.models.Dense"
+    modules.insert(2, {"idx": 2, "name": "dense", "path": "3_Dense", "type": kind})
+    modules = [module | {"idx": i, "name": str(i)} for i, module in enumerate(modules)]
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    return folder
+
+
+def static(folder: Path, word_pieces: str, prompts: dict[str, str] | None = None) -> Path:
+    """A model without a network: the mean of the vectors of tokens."""
+    import tokenizers
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = StaticEmbedding(tokenizers.Tokenizer.from_str(word_pieces), embedding_dim=32)
+    SentenceTransformer(modules=[module], prompts=prompts, device="cpu").save_pretrained(
+        str(folder), create_model_card=False
+    )
+    return folder
+
+
+def expected(folder: Path, texts: list[str], role: Role) -> NDArray[np.float32]:
+    """What sentence-transformers gives for a role."""
+    model = bare(folder)
+    function = model.encode_document if role == "document" else model.encode_query
+    vectors_QX: NDArray[np.float32] = function(texts, show_progress_bar=False)
+    return vectors_QX
+
+
 @pytest.fixture(scope="module")
 def tiny(tiny_encoder: Path) -> Encoder:
     return Encoder.open(str(tiny_encoder), dtype="float32")
@@ -65,6 +133,19 @@ def encoders(tiny_encoder: Path) -> dict[tuple[str, str, int], Encoder]:
         (dtype, device, size): Encoder.open(str(tiny_encoder), dtype=dtype, device=device, batch_size=size)
         for dtype, device, size in kinds
     }
+
+
+@pytest.fixture(scope="module")
+def several_kinds(
+    make_encoder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Encoder]:
+    """By kind of network and dtype."""
+    folder = tmp_path_factory.mktemp("kinds")
+    folders = {
+        "decoder": decoder(make_encoder(folder / "decoder", prompts={"query": "Instruct: find\nQuery:"})),
+        "dense": with_dense(make_encoder(folder / "dense")),
+    }
+    return {(kind, dtype): Encoder.open(str(path), dtype=dtype) for kind, path in folders.items() for dtype in DTYPES}
 
 
 def fed(encoder: Encoder, texts: list[str], role: Role) -> list[str]:
@@ -140,6 +221,19 @@ def test_a_vector_of_the_default_is_a_function_of_its_text_to_the_last_bit(dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["decoder", "dense"])
+def test_other_networks_give_a_function_of_the_text_to_the_last_bit(
+    several_kinds: dict[tuple[str, str], Encoder], kind: str, dtype: str
+) -> None:
+    encoder = several_kinds[kind, dtype]
+    texts = ["", "oil", "When did it begin?", "The oil crisis began in 1973.", "prices and embargoes " * 10]
+    alone = np.concatenate([encoder.encode([text], "document") for text in texts])
+    order_Q = np.random.default_rng(0).integers(0, 5, 150)
+    np.testing.assert_array_equal(encoder.encode([texts[i] for i in order_Q], "document"), alone[order_Q])
+    assert (np.abs(np.diff(alone, axis=0)).max(axis=1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_several_devices_give_the_vectors_of_one(encoders: dict[tuple[str, str, int], Encoder], dtype: str) -> None:
     texts = [f"{'oil ' * (number % 50)}{number}" for number in range(400)]
     several = encoders[dtype, "cpu,cpu", 5]
@@ -186,7 +280,149 @@ def test_texts_of_different_lengths_are_never_padded(tiny: Encoder) -> None:
     assert all(masks)
 
 
+# Other networks, poolings, tokenizers
+
+
+@pytest.mark.parametrize("role", ["document", "query"])
+@pytest.mark.parametrize("include_prompt", [True, False])
+@pytest.mark.parametrize("pooling", ["cls_token", "mean_tokens", "max_tokens", "lasttoken", "weightedmean_tokens"])
+def test_every_pooling_is_that_of_sentence_transformers(
+    make_encoder: Callable[..., Path], tmp_path: Path, pooling: str, include_prompt: bool, role: Role
+) -> None:
+    folder = make_encoder(tmp_path / "model", prompts={"query": "the query: ", "passage": "oil "})
+    modes = {"pooling_mode_mean_tokens": False, f"pooling_mode_{pooling}": True}
+    rewrite(folder / "1_Pooling" / "config.json", **modes, include_prompt=include_prompt)
+    vectors_QX = Encoder.open(str(folder), dtype="float32").encode(TEXTS, role)
+    np.testing.assert_allclose(vectors_QX, expected(folder, TEXTS, role), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("role", ["document", "query"])
+@pytest.mark.parametrize("kind", ["decoder", "dense"])
+def test_other_networks_are_those_of_sentence_transformers(
+    several_kinds: dict[tuple[str, str], Encoder], kind: str, role: Role
+) -> None:
+    encoder = several_kinds[kind, "float32"]
+    theirs = expected(Path(encoder.name), TEXTS, role)
+    np.testing.assert_allclose(encoder.encode(TEXTS, role), theirs, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        encoder._model.encode(TEXTS, batch_size=2), expected(Path(encoder.name), TEXTS, "document"), rtol=0, atol=1e-6
+    )
+
+
+def test_the_default_prompt_of_a_model_is_that_of_roles_without_one(
+    make_encoder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_encoder(tmp_path / "model", prompts={"topic": "oil: "})
+    rewrite(folder / "config_sentence_transformers.json", default_prompt_name="topic")
+    encoder = Encoder.open(str(folder), dtype="float32")
+    for role in ("document", "query"):
+        np.testing.assert_allclose(encoder.encode(TEXTS, role), expected(folder, TEXTS, role), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["tiny", "decoder"])
+def test_padding_to_multiples_of_eight_as_on_a_gpu_changes_nothing_but_rounding(
+    several_kinds: dict[tuple[str, str], Encoder], tiny: Encoder, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    encoder = tiny if name == "tiny" else several_kinds[name, "float32"]
+    texts = [f"{'oil ' * (number % 120)}{'7' * (number % 11)}" for number in range(200)]
+    exact = encoder.encode(texts, "query")
+    monkeypatch.setattr(Encoder, "_on_cpu", False)
+    shapes: list[tuple[int, ...]] = []
+    handle = encoder._model[0].register_forward_pre_hook(
+        lambda _, inputs: shapes.append(tuple(inputs[0]["input_ids"].shape))
+    )
+    try:
+        padded = encoder.encode(texts, "query")
+    finally:
+        handle.remove()
+    np.testing.assert_allclose(padded, exact, rtol=0, atol=2e-6)
+    assert {length % 8 for _, length in shapes} == {0}
+    assert sum(count for count, _ in shapes) == 200
+
+
+def test_texts_are_tokenized_once(tiny: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = tiny.encode(TEXTS, "document")
+    monkeypatch.delattr(type(tiny._model), "encode")
+    monkeypatch.setattr(type(tiny._model[0]), "preprocess", None)
+    np.testing.assert_array_equal(tiny.encode(TEXTS, "document"), want)
+
+
+def test_batches_of_long_texts_are_smaller(make_encoder: Callable[..., Path], tmp_path: Path) -> None:
+    import transformers
+
+    folder = make_encoder(tmp_path / "long", max_length=1024)
+    config = transformers.BertConfig.from_pretrained(folder)
+    config.max_position_embeddings = 1024
+    transformers.BertModel(config).save_pretrained(folder)
+    encoder = Encoder.open(str(folder), batch_size=8)
+    shapes: list[tuple[int, ...]] = []
+    handle = encoder._model[0].register_forward_pre_hook(
+        lambda _, inputs: shapes.append(tuple(inputs[0]["input_ids"].shape))
+    )
+    encoder.encode(["oil " * 2000] * 3 + ["oil " * 254] * 9, "document")
+    handle.remove()
+    assert shapes == [(2, 1024), (1, 1024), (8, 256), (1, 256)]
+
+
+@pytest.mark.parametrize("prompts", [None, {"query": "the query: ", "document": "oil: "}])
+@pytest.mark.parametrize("role", ["document", "query"])
+def test_a_model_without_a_network_is_computed_by_sentence_transformers(
+    word_pieces: str, tmp_path: Path, role: Role, prompts: dict[str, str] | None
+) -> None:
+    folder = static(tmp_path / "static", word_pieces, prompts)
+    encoder = Encoder.open(str(folder), dtype="float32", batch_size=3)
+    texts = [*TEXTS, "oil " * 3000]
+    done: list[int] = []
+    vectors_QX, num_cut = encoder.encode_counted(texts, role, progress=done.append)
+    np.testing.assert_allclose(vectors_QX, expected(folder, texts, role), rtol=0, atol=1e-6)
+    assert (num_cut, done) == (0, [3, 5])
+    assert (encoder.max_length, encoder.dim, encoder.normalized) == (NO_LIMIT, 32, False)
+    assert json.loads(json.dumps(encoder.description()))["max_length"] == NO_LIMIT
+    assert len(encoder.tokenizer().encode("oil " * 10).ids) == 10
+    assert encoder.count_truncated(texts, encoder.tokenizer()) == 0
+    with pytest.raises(ConfigError, match="is no transformer, it reads all of a text"):
+        Encoder.open(str(folder), max_length=10)
+
+
+def test_a_model_that_cuts_documents_at_a_length_of_their_own_is_left_to_itself(
+    make_encoder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_encoder(tmp_path / "model")
+    rewrite(folder / "sentence_bert_config.json", document_length=10)
+    encoder = Encoder.open(str(folder), dtype="float32")
+    for role in ("document", "query"):
+        np.testing.assert_allclose(encoder.encode(TEXTS, role), expected(folder, TEXTS, role), rtol=0, atol=1e-6)
+
+
 # The type of numbers
+
+
+def test_sixteen_bits_are_those_of_autocast(tiny: Encoder) -> None:
+    texts = ["oil " * 80, "price " * 90]  # one of them alone makes a batch of 64 tokens
+    model = bare(Path(tiny.name))
+    for dtype in DTYPES[1:]:
+        with torch.autocast("cpu", getattr(torch, dtype)):
+            made = [model.encode([text], show_progress_bar=False, convert_to_tensor=True) for text in texts]
+        theirs = torch.cat(made).float().numpy()
+        theirs /= np.linalg.norm(theirs, axis=1, keepdims=True)
+        np.testing.assert_array_equal(Encoder.open(tiny.name, dtype=dtype).encode(texts, "document"), theirs)
+
+
+def test_weights_that_are_stored_in_sixteen_bits_are_computed_with_in_the_type_asked_for(
+    tiny: Encoder, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    halves, floats = (shutil.copytree(tiny.name, tmp_path / name) for name in ("halves", "floats"))
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(halves / "model.safetensors").items()}
+    save_file(weights, halves / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.float() for name, tensor in weights.items()}, floats / "model.safetensors", {"format": "pt"}
+    )
+    rewrite(halves / "config.json", dtype="bfloat16")
+    for dtype in ("float32", "bfloat16"):
+        vectors_QX = Encoder.open(str(halves), dtype=dtype).encode(TEXTS, "document")
+        np.testing.assert_array_equal(vectors_QX, Encoder.open(str(floats), dtype=dtype).encode(TEXTS, "document"))
 
 
 @pytest.mark.parametrize("name", ["tiny_encoder", "prompted_encoder"])
@@ -401,6 +637,20 @@ def test_a_prompt_of_the_user_replaces_that_of_the_model(prompted: Encoder) -> N
     np.testing.assert_array_equal(changed.encode(TEXTS, "document"), prompted.encode(TEXTS, "document"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_vectors_that_a_model_shortens_are_of_length_1_only_if_asked_for(
+    make_encoder: Callable[..., Path], tmp_path: Path, dtype: str
+) -> None:
+    folder = make_encoder(tmp_path / "model")
+    rewrite(folder / "config_sentence_transformers.json", truncate_dim=20)
+    short, scaled = (Encoder.open(str(folder), dtype=dtype, normalize=normalize) for normalize in (None, True))
+    a_QX, b_QX = short.encode(TEXTS, "document"), scaled.encode(TEXTS, "document")
+    assert (short.dim, a_QX.shape, short.normalized, scaled.normalized) == (20, (4, 20), False, True)
+    if dtype == "float32":
+        np.testing.assert_allclose(a_QX, expected(folder, TEXTS, "document"), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(b_QX, a_QX / np.linalg.norm(a_QX, axis=1, keepdims=True), rtol=0, atol=1e-6)
+
+
 def test_vectors_are_normalized_or_not_as_the_user_wants(tiny: Encoder, prompted: Encoder) -> None:
     assert (tiny.normalized, prompted.normalized) == (True, False)
     scaled = Encoder.open(prompted.name, dtype="float32", normalize=True)
@@ -462,15 +712,13 @@ def test_an_encoder_is_opened_again_with_its_options(tiny: Encoder, tmp_path: Pa
 # Prompts of families
 
 
+TASK = "Instruct: Given a web search query, retrieve relevant passages that answer the query"
 FAMILIES = {
     "e5-small-v2": ("E5", "query: ", "passage: "),
     "org/multilingual-e5-large": ("E5", "query: ", "passage: "),
     "bge-small-en-v1.5": ("BGE", "Represent this sentence for searching relevant passages: ", ""),
-    "Qwen3-Embedding-0.6B": (
-        "Qwen3-Embedding",
-        "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:",
-        "",
-    ),
+    "multilingual-e5-large-instruct": ("E5-instruct", f"{TASK}\nQuery: ", ""),
+    "Qwen3-Embedding-0.6B": ("Qwen3-Embedding", f"{TASK}\nQuery:", ""),
 }
 
 
@@ -493,6 +741,14 @@ def test_prompts_published_with_a_family_are_used_and_logged(
     moved = made.rename(tmp_path / "model")
     again = Encoder.reopen(encoder.description(), name=str(moved), dtype="float32")
     assert (again.prompts, again.fingerprint) == (encoder.prompts, encoder.fingerprint)
+
+
+def test_a_family_is_recognized_by_the_name_of_the_trained_model(
+    make_encoder: Callable[..., Path], tmp_path: Path
+) -> None:
+    made = make_encoder(tmp_path / "model")
+    rewrite(made / "config.json", _name_or_path="intfloat/e5-small-v2")
+    assert Encoder.open(str(made)).prompts == {"query": "query: ", "document": "passage: "}
 
 
 @pytest.mark.parametrize("folder", ["bge-m3", "bge-small-zh", "e5", "note5-small", "me5-large-x"])
@@ -533,6 +789,24 @@ def test_texts_longer_than_the_encoder_reads_are_counted(make_encoder: Callable[
     # What stands behind the eighth token changes nothing.
     unchanged = np.abs(vectors_QX - encoder.encode([f"{text} price" for text in texts], "document")).max(axis=1) == 0
     assert unchanged.tolist() == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("prompt", [None, "the oil price: "])
+def test_the_texts_that_are_cut_are_counted_while_they_are_encoded(
+    make_encoder: Callable[..., Path], tmp_path: Path, prompt: str | None
+) -> None:
+    folder = str(make_encoder(tmp_path / "short", max_length=10))
+    encoder = Encoder.open(folder, document_prompt=prompt, batch_size=4)
+    # [CLS] and [SEP] take two of ten places, the words and the colon of the prompt four.
+    room = 8 if prompt is None else 4
+    counts = np.random.default_rng(0).integers(0, 13, 2100)
+    texts = [" ".join(["oil"] * count) for count in counts.tolist()]
+    vectors_QX, num_cut = encoder.encode_counted(texts, "document")
+    assert num_cut == (counts > room).sum()
+    assert num_cut == encoder.count_truncated(texts, encoder.tokenizer())
+    np.testing.assert_array_equal(vectors_QX, encoder.encode(texts, "document"))
+    assert encoder.encode_counted([], "document")[1] == 0
+    assert encoder.encode_counted(["oil " * 8], "query")[1] == 0
 
 
 def test_the_own_tokenizer_counts_without_special_tokens(tiny: Encoder) -> None:
