@@ -39,7 +39,17 @@ FREE_LIMIT = 8 << 30
 RAM_COPY = 2 << 30
 """Bytes up to which vectors that are searched exactly are held as float32; beyond, they are read for every search."""
 MARGIN = 16
-"""Candidates beyond those wanted, because scores in float32 may swap neighbors."""
+"""Candidates of inverted lists beyond those wanted, because scores in float32 may swap neighbors."""
+BLOCK_ROWS = 32_768
+"""Rows that are compared at once in exact search."""
+BATCH = 256
+"""Queries that are compared at once in exact search."""
+MANY = 1 << 16
+"""Candidates of a batch from which on exact scores decide between them."""
+GPU_LIMIT = 2048
+"""Candidates, and lists searched, of a query on a GPU at most."""
+GPU_OWN = 3 << 29
+"""Bytes of FAISS itself on each GPU."""
 TRAINED = "trained.faiss"
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
@@ -62,9 +72,9 @@ class Vectors:
         """Vectors of given rows, of any shape [..., X]; the rows must exist."""
         flat = np.asarray(rows, np.int64).reshape(-1)
         vectors_NX = np.empty((len(flat), self.dim), np.float32)
-        shard_N = np.searchsorted(self._first, flat, side="right") - 1
-        for shard in np.unique(shard_N).tolist():
-            here = shard_N == shard
+        order = np.argsort(flat, kind="stable")
+        shards, starts = np.unique(np.searchsorted(self._first, flat[order], side="right") - 1, return_index=True)
+        for shard, here in zip(shards.tolist(), np.split(order, starts)[1:], strict=True):
             vectors_NX[here] = self._shards[shard][flat[here] - self._first[shard]]
         return vectors_NX.reshape(*np.shape(rows), self.dim)
 
@@ -220,7 +230,7 @@ def train(path: Path, vectors: Vectors, plan: IndexPlan, *, normalized: bool, se
             if _gpus(device) and hasattr(faiss, "StandardGpuResources"):
                 flat = faiss.IndexFlatIP(ivf.d) if normalized else faiss.IndexFlatL2(ivf.d)
                 estimate_gpu_memory(size * ivf.d * 4, device, what="training the index")
-                ivf.clustering_index = faiss.index_cpu_to_all_gpus(flat)
+                ivf.clustering_index = _on_gpus(flat, _gpus(device))
         try:
             index.train(sample_NX)
         except RuntimeError as error:
@@ -252,7 +262,8 @@ def add_part(
     work = index
     if _gpus(device) and hasattr(faiss, "StandardGpuResources"):
         estimate_gpu_memory((end - first) * 4 * vectors.dim, device, what="adding vectors")
-        work = faiss.index_cpu_to_all_gpus(index)
+        copy = _on_gpus(index, _gpus(device)[:1])
+        work = index if copy is None else copy
     if _ivf(index) is None:
         raise ConfigError("only indexes with inverted lists (IVF...) and Flat are supported")
     for start, block_NX in vectors.blocks(first, end):
@@ -364,12 +375,11 @@ class VectorIndex:
         self._first_rows = np.cumsum([0, *(segment.ntotal for segment in self._segments)]).tolist()
         self._alive_N = None if dead_N is None or not dead_N.any() else ~dead_N
         self._ram_copy = ram_copy
-        # Filter, first row, rows from there on that may be found, and their vectors.
-        self._kept: tuple[Mask | None, int, Rows, Floats] | None = None
-        self._tail: tuple[Mask | None, int, Rows, Floats] | None = None
+        # Filter, first row, rows from there on that may be found, with their vectors.
+        self._kept: tuple[Mask | None, int, _Block] | None = None
+        self._tail: tuple[Mask | None, int, _Block] | None = None
         self._gpu: list[Any] = []
-        self._gpus: list[int] = []
-        self._resources: list[Any] = []
+        self._place: str | None = None  # GPU of what is searched exactly
         faiss = _faiss()
         quantizers = [faiss.downcast_index(_ivf(segment).quantizer) for segment in self._segments]
         self.has_graph = any(isinstance(quantizer, faiss.IndexHNSW) for quantizer in quantizers)
@@ -457,14 +467,23 @@ class VectorIndex:
             raise ConfigError(f"the filter has shape {list(keep_N.shape)}, there are {len(self):,} rows")
         scores_QK = np.full((len(queries_QX), k), -np.inf, np.float32)
         rows_QK = np.full((len(queries_QX), k), -1, np.int64)
-        if len(queries_QX) == 0 or len(self) == 0:
+        if len(queries_QX) == 0 or len(self) == 0 or k == 0:
             return scores_QK, rows_QK
         exact = all_lists or not self._segments
         if not exact and keep_N is not None:
             exact = int((keep_N if self._alive_N is None else keep_N & self._alive_N).sum()) <= EXACT_BELOW
-        found = [] if exact else self._candidates(queries_QX, k, keep_N)
-        found += self._exact(queries_QX, k, keep_N, first=0 if exact else self._first_rows[-1])
-        return self._best(queries_QX, np.concatenate(found, axis=1), k) if found else (scores_QK, rows_QK)
+        batches = [slice(first, first + BATCH) for first in range(0, len(queries_QX), BATCH)]
+        best = [_Best(self, queries_QX[batch], k) for batch in batches]
+        if not exact:
+            for rows_QC in self._candidates(queries_QX, k, keep_N):
+                for each, batch in zip(best, batches, strict=True):
+                    each.add_candidates(rows_QC[batch])
+        for block in self._blocks(keep_N, first=0 if exact else self._first_rows[-1]):
+            for each in best:
+                each.look_at(block)
+        for each, batch in zip(best, batches, strict=True):
+            each.write(scores_QK[batch], rows_QK[batch])
+        return scores_QK, rows_QK
 
     # --- candidates of the inverted lists
 
@@ -477,12 +496,12 @@ class VectorIndex:
         for number, segment in enumerate(self._segments):
             first, end = self._first_rows[number : number + 2]
             wanted = min(k * self.rescore + MARGIN, end - first)
-            if self._gpu and alive_N is None:
-                found.append(self._gpu[number].search(queries_QX, wanted)[1])
-                found[-1][found[-1] >= 0] += first
-                continue
-            parameters = self._parameters(segment, None if alive_N is None else alive_N[first:end])
-            _, rows = segment.search(queries_QX, wanted, params=parameters)
+            if self._gpu and alive_N is None and max(wanted, self.nprobe) <= GPU_LIMIT:
+                _faiss().GpuParameterSpace().set_index_parameter(self._gpu[number], "nprobe", self.nprobe)
+                _, rows = self._gpu[number].search(queries_QX, wanted)
+            else:
+                parameters = self._parameters(segment, None if alive_N is None else alive_N[first:end])
+                _, rows = segment.search(queries_QX, wanted, params=parameters)
             rows[rows >= 0] += first
             found.append(rows)
         return found
@@ -502,82 +521,38 @@ class VectorIndex:
 
     # --- exact search
 
-    def _exact(self, queries_QX: Floats, k: int, keep_N: Mask | None, *, first: int) -> list[Rows]:
-        """Candidates among all rows from `first` on: surely the k best, in order of rows."""
-        found: list[tuple[Floats, Rows]] = []
-        for rows, block_NX in self._blocks(keep_N, first):
-            scores, local = self._knn(queries_QX, block_NX, min(k + MARGIN, len(rows)))
-            found.append((scores, rows[local]))
-            if len(found) > 8:
-                found = [_merge(found, k + MARGIN)]
-        if not found:
-            return []
-        scores_QC, rows_QC = _merge(found, k + MARGIN)
-        return [self._settle_ties(queries_QX, k, keep_N, first, scores_QC, rows_QC)]
-
-    def _knn(self, queries_QX: Floats, block_NX: Floats, k: int) -> tuple[Floats, Rows]:
-        faiss = _faiss()
-        metric = faiss.METRIC_INNER_PRODUCT if self.metric == "inner product" else faiss.METRIC_L2
-        if self._resources:
-            scores, rows = faiss.knn_gpu(
-                self._resources[0], queries_QX, block_NX, k, metric=metric, device=self._gpus[0]
-            )
-        else:
-            scores, rows = faiss.knn(queries_QX, block_NX, k, metric=metric)
-        return (scores if self.metric == "inner product" else -scores), rows
-
-    def _settle_ties(
-        self, queries_QX: Floats, k: int, keep_N: Mask | None, first: int, scores_QC: Floats, rows_QC: Rows
-    ) -> Rows:
-        """Where more rows than the margin lie within the rounding of float32 of the k-th, takes all that do (many equal texts)."""
-        if scores_QC.shape[1] <= k:
-            return rows_QC
-        size_Q = np.square(queries_QX, dtype=np.float64).sum(axis=1)
-        slack_Q = 1e-5 * (size_Q + np.abs(scores_QC[:, k - 1]) + 1e-30)
-        if self.metric == "inner product":
-            slack_Q = 1e-5 * (np.sqrt(size_Q) + 1e-30)
-        tied = np.flatnonzero(scores_QC[:, -1] >= scores_QC[:, k - 1] - slack_Q)
-        if not len(tied):
-            return rows_QC
-        close: dict[int, list[Rows]] = {query: [] for query in tied.tolist()}
-        for rows, block_NX in self._blocks(keep_N, first):
-            scores_QN = queries_QX[tied] @ block_NX.T
-            if self.metric == "L2":
-                scores_QN = 2 * scores_QN - np.square(block_NX).sum(axis=1) - size_Q[tied, None]
-            for query, scores_N in zip(tied.tolist(), scores_QN, strict=True):
-                close[query].append(rows[scores_N >= scores_QC[query, k - 1] - 2 * slack_Q[query]])
-        all_rows = {query: np.concatenate(parts) for query, parts in close.items()}
-        width = max(rows_QC.shape[1], *(len(rows) for rows in all_rows.values()))
-        wider = np.pad(rows_QC, ((0, 0), (0, width - rows_QC.shape[1])), constant_values=-1)
-        for query, rows in all_rows.items():
-            wider[query] = -1
-            wider[query, : len(rows)] = rows
-        return wider
-
-    def _blocks(self, keep_N: Mask | None, first: int) -> Iterator[tuple[Rows, Floats]]:
-        """Rows that may be returned and their vectors, from `first` on; those of the tail and of the last filter stay in memory."""
+    def _blocks(self, keep_N: Mask | None, first: int) -> Iterator["_Block"]:
+        """Rows that may be returned, from `first` on, with their vectors; the tail's and the last filter's stay in memory."""
         whole = first == self._first_rows[-1]
         count = len(self) - first if keep_N is None else int(keep_N[first:].sum())
         if not whole or count * self.dim * 4 > self._ram_copy:
             whole = keep_N is not None and count <= EXACT_BELOW
         if not whole:
-            for start, block_NX in self._vectors.blocks(first):
-                rows = np.arange(start, start + len(block_NX))
-                alive = self._may_be_found(keep_N, rows)
-                if alive.any():
-                    yield (rows, block_NX) if alive.all() else (rows[alive], block_NX[alive])
+            for start, block_NX in self._vectors.blocks(first, max_rows=BLOCK_ROWS):
+                rows_N = np.arange(start, start + len(block_NX))
+                alive_N = self._may_be_found(keep_N, rows_N)
+                if alive_N.all():
+                    yield self._block(rows_N, block_NX)
+                elif alive_N.any():
+                    yield self._block(rows_N[alive_N], block_NX[alive_N])
             return
-        cached = self._tail if keep_N is None else self._kept  # read once: another thread may replace it
-        if cached is None or cached[0] is not keep_N or cached[1] != first:
-            rows = np.arange(first, len(self)) if keep_N is None else first + np.flatnonzero(keep_N[first:])
-            rows = rows[self._may_be_found(None, rows)]
-            cached = (keep_N, first, rows, self._vectors.gather(rows))
+        held = self._tail if keep_N is None else self._kept  # read once: another thread may replace it
+        if held is None or held[0] is not keep_N or held[1] != first:
+            rows_N = np.arange(first, len(self)) if keep_N is None else first + np.flatnonzero(keep_N[first:])
+            rows_N = rows_N[self._may_be_found(None, rows_N)]
+            held = (keep_N, first, self._block(rows_N, self._vectors.gather(rows_N)))
             if keep_N is None:
-                self._tail = cached
+                self._tail = held
             else:
-                self._kept = cached
-        if len(cached[2]):
-            yield cached[2], cached[3]
+                self._kept = held
+        block = held[2]
+        for start in range(0, len(block.rows_N), BLOCK_ROWS):
+            part = slice(start, start + BLOCK_ROWS)
+            yield _Block(block.rows_N[part], block.vectors_NX[part], block.squares_N[part])
+
+    def _block(self, rows_N: Rows, vectors_NX: Floats) -> "_Block":
+        squares_N = np.einsum("nx,nx->n", vectors_NX, vectors_NX)
+        return _Block(rows_N, vectors_NX if self._place is None else _on_device(vectors_NX, self._place), squares_N)
 
     def _may_be_found(self, keep_N: Mask | None, rows: Rows) -> Mask:
         alive = np.ones(len(rows), np.bool_) if self._alive_N is None else self._alive_N[rows]
@@ -585,32 +560,36 @@ class VectorIndex:
 
     # --- the final scores
 
-    def _best(self, queries_QX: Floats, rows_QC: Rows, k: int) -> tuple[Floats, Rows]:
-        """The k best of candidates by their scores from the stored vectors."""
-        scores_QK = np.full((len(queries_QX), k), -np.inf, np.float32)
-        rows_QK = np.full((len(queries_QX), k), -1, np.int64)
-        rows_QC = np.sort(rows_QC, axis=1)  # so that the stable sort below puts the lower row first
-        width = min(k, rows_QC.shape[1])
-        step = max(1, (1 << 23) // (rows_QC.shape[1] * self.dim))
-        for start in range(0, len(queries_QX), step):
-            block = slice(start, start + step)
-            rows_C = rows_QC[block]
-            scores_C = self._scores(queries_QX[block], self._vectors.gather(np.maximum(rows_C, 0)))
-            scores_C[rows_C < 0] = -np.inf
-            order = np.argsort(-scores_C, axis=1, kind="stable")[:, :width]
-            scores_QK[block, :width] = np.take_along_axis(scores_C, order, axis=1)
-            rows_QK[block, :width] = np.take_along_axis(rows_C, order, axis=1)
-        return scores_QK, rows_QK
+    def ranked(
+        self, queries_QX: Floats, query_P: Rows, row_P: Rows, k: int
+    ) -> tuple[NDArray[np.intp], NDArray[np.intp], Floats]:
+        """The k best rows of each query by their scores from the stored vectors, which depend on the two vectors alone: in float64,
+        rounded to float32.
 
-    def _scores(self, queries_QX: Floats, vectors_QCX: Floats) -> Floats:
-        """In float64, rounded to float32: the same for the same two vectors wherever they stand."""
-        q, v = queries_QX.astype(np.float64), vectors_QCX.astype(np.float64)
-        if self.metric == "inner product":
-            scores_QC = np.einsum("qcx,qx->qc", v, q)
-        else:
-            v -= q[:, None, :]
-            scores_QC = -np.einsum("qcx,qcx->qc", v, v)
-        return np.asarray(scores_QC, np.float32)
+        Args:
+            queries_QX: Queries.
+            query_P: Pairs of a query ...
+            row_P: ... and a row, no pair twice.
+            k: How many.
+
+        Returns:
+            Numbers of the pairs that are among them, their ranks from 0 on, and their scores, query by query.
+        """
+        score_P = np.empty(len(row_P), np.float32)
+        step = max(1, (1 << 20) // self.dim)
+        for first in range(0, len(row_P), step):
+            some = slice(first, first + step)
+            q_PX = queries_QX[query_P[some]].astype(np.float64)
+            v_PX = self._vectors.gather(row_P[some]).astype(np.float64)
+            if self.metric == "inner product":
+                score_P[some] = np.einsum("px,px->p", v_PX, q_PX)
+            else:
+                v_PX -= q_PX
+                score_P[some] = -np.einsum("px,px->p", v_PX, v_PX)
+        order = np.lexsort((row_P, -score_P, query_P))
+        rank_P = np.arange(len(order)) - np.searchsorted(query_P[order], query_P[order])
+        among = rank_P < k
+        return order[among], rank_P[among], score_P[order[among]]
 
     # --- GPU
 
@@ -622,27 +601,148 @@ class VectorIndex:
         size = sum(segment.ntotal * (_ivf(segment).code_size + 8) for segment in self._segments)
         rows = len(self) - self._first_rows[-1]
         estimate_gpu_memory(size + min(4 * self.dim * rows, self._ram_copy), device, what="the index")
-        self._gpus = _gpus(device)
-        self._resources = [faiss.StandardGpuResources() for _ in self._gpus]
+        gpus = _gpus(device)
+        self._place = f"cuda:{gpus[0]}"
         if self._segments and self._alive_N is not None:
             logger.info("the lists are searched on the CPU, because documents were removed: compact the index")
             return
-        options = faiss.GpuMultipleClonerOptions()
-        options.shard = len(self._gpus) > 1
-        self._gpu = [
-            faiss.index_cpu_to_gpu_multiple_py(self._resources, segment, options, self._gpus)
-            for segment in self._segments
-        ]
-        for segment in self._gpu:
-            faiss.GpuParameterSpace().set_index_parameter(segment, "nprobe", self.nprobe)
+        shard = len(gpus) > 1 and size + GPU_OWN > _free_on_gpus(gpus)
+        copies = [_on_gpus(segment, gpus, shard=shard) for segment in self._segments]
+        self._gpu = copies if all(copy is not None for copy in copies) else []
 
 
-def _merge(found: list[tuple[Floats, Rows]], k: int) -> tuple[Floats, Rows]:
-    """The k best of several lists of scores and rows."""
-    scores = np.concatenate([scores for scores, _ in found], axis=1)
-    rows = np.concatenate([rows for _, rows in found], axis=1)
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Some rows, ascending."""
+
+    rows_N: Rows
+    vectors_NX: Any
+    """float32; on a GPU a tensor."""
+    squares_N: Floats
+    """Squared lengths."""
+
+
+class _Best:
+    """The best rows of a batch of queries, while blocks of ascending rows go by.
+
+    Rows are compared by float32 products, and those that could be among the k best are kept until exact scores decide. A product
+    is off by at most (X + 8) / 2^24 times the lengths of both vectors, in whatever order its X terms are added (Higham, Accuracy
+    and Stability of Numerical Algorithms, section 3.1). So a row that lies two such errors or more below the k-th best one seen
+    before is out of the question: at best it is as good, and has a higher number.
+    """
+
+    def __init__(self, index: VectorIndex, queries_QX: Floats, k: int) -> None:
+        self._index, self._queries_QX, self._k = index, queries_QX, k
+        self._length_Q = np.linalg.norm(queries_QX.astype(np.float64), axis=1)
+        self._slack_Q = np.zeros(len(queries_QX))
+        self._kth_Q = np.full(len(queries_QX), -np.inf, np.float32)
+        # Pairs of query and row with float32 scores (for L2 without the query's own part): sorted out, and new.
+        self._pairs = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+        self._new: list[tuple[Rows, Rows, Floats]] = []
+        self._candidates: list[tuple[Rows, Rows]] = []
+
+    def add_candidates(self, rows_QC: Rows) -> None:
+        """Rows from elsewhere, other ones than in blocks; -1 is none."""
+        query_P, column_P = np.nonzero(rows_QC >= 0)
+        self._candidates.append((query_P, rows_QC[query_P, column_P]))
+
+    def look_at(self, block: _Block) -> None:
+        """Takes the rows of the next block that may be among the best."""
+        l2 = self._index.metric == "L2"
+        scores_QN = _products(self._queries_QX, block, l2=l2)
+        longest = math.sqrt(float(block.squares_N.max()))
+        error_Q = (2 * self._length_Q + longest) * longest if l2 else self._length_Q * longest
+        self._slack_Q = np.maximum(self._slack_Q, 2 * _rounding(block.vectors_NX) * error_Q)
+        floor_Q = _lower(self._kth_Q, self._slack_Q)
+        unknown_Q = np.isneginf(self._kth_Q)
+        if len(block.rows_N) >= self._k and unknown_Q.any():
+            # Equal ones have no higher numbers here, so that they are kept, too.
+            kth_Q = np.nextafter(_kth_best(scores_QN, self._k), np.float32(-np.inf))
+            floor_Q = np.where(unknown_Q, _lower(kth_Q, self._slack_Q), floor_Q)
+        query_P, column_P, score_P = _above(scores_QN, floor_Q)
+        self._new.append((query_P, block.rows_N[column_P], score_P))
+        if sum(len(new[0]) for new in self._new) >= len(self._pairs[0]):
+            self._sort_out()
+
+    def _sort_out(self) -> None:
+        query_P, row_P, score_P = (np.concatenate(parts) for parts in zip(self._pairs, *self._new, strict=True))
+        self._new = []
+        order = np.lexsort((-score_P, query_P))
+        query_P, row_P, score_P = query_P[order], row_P[order], score_P[order]
+        first_Q = np.searchsorted(query_P, np.arange(len(self._kth_Q) + 1))
+        known_Q = np.diff(first_Q) >= self._k
+        self._kth_Q[known_Q] = score_P[first_Q[:-1][known_Q] + self._k - 1]
+        keep_P = score_P >= _lower(self._kth_Q, self._slack_Q)[query_P]
+        self._pairs = (query_P[keep_P], row_P[keep_P], score_P[keep_P])
+        if len(self._pairs[0]) > max(MANY, 4 * self._k * len(self._kth_Q)):
+            among, _, _ = self._index.ranked(self._queries_QX, *self._pairs[:2], self._k)
+            self._pairs = (self._pairs[0][among], self._pairs[1][among], self._pairs[2][among])
+
+    def write(self, scores_QK: Floats, rows_QK: Rows) -> None:
+        """Writes scores and rows of the k best; places without a row are left as they are."""
+        self._sort_out()
+        query_P, row_P = (np.concatenate(parts) for parts in zip(self._pairs[:2], *self._candidates, strict=True))
+        among, rank_P, score_P = self._index.ranked(self._queries_QX, query_P, row_P, self._k)
+        scores_QK[query_P[among], rank_P] = score_P
+        rows_QK[query_P[among], rank_P] = row_P[among]
+
+
+def _lower(score_Q: Floats, slack_Q: NDArray[np.float64]) -> Floats:
+    """Scores less a slack, not rounded up."""
+    lower_Q = (score_Q - slack_Q).astype(np.float32)
+    return np.where(slack_Q > 0, np.nextafter(lower_Q, np.float32(-np.inf)), lower_Q)
+
+
+# The four things that are done with a block, by numpy, or by torch where it lies on a GPU.
+
+
+def _on_device(vectors_NX: Floats, place: str) -> Any:
+    import torch
+
+    return torch.from_numpy(vectors_NX).to(place)
+
+
+def _rounding(vectors_NX: Any) -> float:
+    """How much a product of two vectors of length 1 is off at most."""
+    rounding = (int(vectors_NX.shape[1]) + 8) / (1 << 24)
+    if isinstance(vectors_NX, np.ndarray):
+        return rounding
+    import torch
+
+    # Below the highest precision numbers may be rounded to bfloat16 first.
+    return rounding + (0 if torch.get_float32_matmul_precision() == "highest" else 1 / 64)
+
+
+def _products(queries_QX: Floats, block: _Block, *, l2: bool) -> Any:
+    """Inner products [Q, N]; for L2 what is left of minus the squared distance without the query's own part."""
+    if isinstance(block.vectors_NX, np.ndarray):
+        scores_QN: Any = queries_QX @ block.vectors_NX.T
+    else:
+        scores_QN = _on_device(queries_QX, str(block.vectors_NX.device)) @ block.vectors_NX.T
+    if l2:
+        squares_N = block.squares_N if isinstance(scores_QN, np.ndarray) else scores_QN.new_tensor(block.squares_N)
+        scores_QN *= 2
+        scores_QN -= squares_N
+    return scores_QN
+
+
+def _kth_best(scores_QN: Any, k: int) -> Floats:
+    if isinstance(scores_QN, np.ndarray):
+        place = scores_QN.shape[1] - k
+        return np.asarray(np.partition(scores_QN, place, axis=1)[:, place])
+    return np.asarray(scores_QN.topk(k, dim=1).values[:, -1].cpu())
+
+
+def _above(scores_QN: Any, floor_Q: Floats) -> tuple[Rows, Rows, Floats]:
+    """Places above a floor of each row, and what is there."""
+    if isinstance(scores_QN, np.ndarray):
+        place_P = np.flatnonzero(scores_QN > floor_Q[:, None])
+        score_P = scores_QN.reshape(-1)[place_P]
+    else:
+        above_QN = scores_QN > scores_QN.new_tensor(floor_Q)[:, None]
+        place_P, score_P = np.asarray(above_QN.flatten().nonzero()[:, 0].cpu()), np.asarray(scores_QN[above_QN].cpu())
+    query_P, column_P = np.divmod(place_P, scores_QN.shape[1])
+    return query_P, column_P, score_P
 
 
 def _gpus(device: str) -> list[int]:
@@ -651,18 +751,36 @@ def _gpus(device: str) -> list[int]:
     return [int(name.partition(":")[2] or 0) for name in names]
 
 
-def estimate_gpu_memory(num_bytes: int, device: str, *, what: str) -> None:
-    """Raises ConfigError where something does not fit on the GPUs, before anything is moved there; 1.5 GiB are FAISS's own."""
+def _free_on_gpus(gpus: Sequence[int]) -> int:
+    """Bytes, where there are fewest."""
     import torch
 
+    return min(int(torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus)
+
+
+def estimate_gpu_memory(num_bytes: int, device: str, *, what: str) -> None:
+    """Raises ConfigError where something that is divided between GPUs does not fit there, before anything is moved."""
     gpus = _gpus(device)
-    free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
-    needed = num_bytes // len(gpus) + (3 << 29)
+    free = _free_on_gpus(gpus)
+    needed = num_bytes // len(gpus) + GPU_OWN
     if needed > free:
         raise ConfigError(
             f"{what} needs {_gib(needed)} on each of {len(gpus)} GPUs, {_gib(free)} are free ({_gib(needed - free)} missing): use "
             "--device cpu, more GPUs, or a smaller index (--max-memory)"
         )
+
+
+def _on_gpus(index: Any, gpus: Sequence[int], *, shard: bool = False) -> Any:
+    """A copy on GPUs, on each the whole one or a part; None where FAISS has no such index there."""
+    faiss = _faiss()
+    options = faiss.GpuMultipleClonerOptions()
+    options.shard = shard
+    options.allowCpuCoarseQuantizer = True  # a graph over centroids
+    try:
+        return faiss.index_cpu_to_gpus_list(index, options, list(gpus))
+    except RuntimeError as error:
+        logger.warning("FAISS cannot do this on a GPU, the CPU does it: %s", str(error).splitlines()[0])
+        return None
 
 
 # --- measuring and tuning it ----------------------------------------------------------------------------------------

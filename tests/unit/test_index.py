@@ -244,6 +244,48 @@ def test_scores_are_summed_in_float64(tmp_path: Path) -> None:
 
 
 @METRICS
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("place", [None, "cpu"], ids=["numpy", "torch"])
+def test_small_blocks_batches_and_pools_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, normalized: bool, seed: int, place: str | None
+) -> None:
+    # Torch is what searches on a GPU. Here it does so on the CPU.
+    for name, size in (("BLOCK_ROWS", 37), ("BATCH", 4), ("MANY", 10)):
+        monkeypatch.setattr(vector_index, name, size)
+    random = np.random.default_rng(seed)
+    n, k = 400, (1, 5, 60, 400, 500, 36)[seed]
+    grid = random.integers(-2, 3, (n, 3)).astype(np.float16)  # 125 points: each is there several times
+    vectors_NX = np.concatenate([grid, make_vectors(n, 3, seed=seed), np.repeat(grid[:1], 200, axis=0)])
+    dead_N, keep_N = random.random(len(vectors_NX)) < 0.2, random.random(len(vectors_NX)) < 0.7
+    queries_QX = np.concatenate([grid[:5].astype(np.float32), make_queries(4, 3), np.zeros((1, 3), np.float32)])
+    index = open_index(tmp_path, vectors_NX, normalized=normalized, dead_N=dead_N, max_memory=(None, 0)[seed % 2])
+    index._place = place
+    for keep in (None, keep_N):
+        may_N = ~dead_N if keep is None else ~dead_N & keep
+        expected = brute_force(vectors_NX, queries_QX, k, normalized=normalized, may_N=may_N)
+        assert_found(index.search(queries_QX, k, keep_N=keep), expected)
+
+
+@METRICS
+def test_rows_that_float32_cannot_tell_apart_are_ranked_by_their_exact_scores(tmp_path: Path, normalized: bool) -> None:
+    # Large numbers that all vectors share cancel in the end; until then they swallow what the small ones add.
+    random = np.random.default_rng(0)
+    n, dim = 3000, 64
+    common = random.permutation(dim)[: dim // 2]
+    vectors_NX = (random.integers(0, 8, (n, dim)) / 64).astype(np.float16)
+    vectors_NX[:, common] = 30_000 * np.resize([1, -1], dim // 2)
+    queries_QX = (random.random((3, dim)) / 8).astype(np.float32)
+    queries_QX[:, common] = 1 if normalized else vectors_NX[0, common]
+    product_QN = queries_QX @ vectors_NX.astype(np.float32).T
+    if not normalized:
+        product_QN = 2 * product_QN - np.square(vectors_NX, dtype=np.float32).sum(axis=1)
+    expected = brute_force(vectors_NX, queries_QX, 10, normalized=normalized)
+    for best_N, rows_K in zip(np.argsort(-product_QN, axis=1, kind="stable"), expected[1], strict=True):
+        assert not set(rows_K.tolist()) <= set(best_N[: 10 + MARGIN].tolist())
+    assert_found(open_index(tmp_path, vectors_NX, normalized=normalized).search(queries_QX, 10), expected)
+
+
+@METRICS
 def test_what_is_not_there_is_minus_one_with_the_score_minus_infinity(tmp_path: Path, normalized: bool) -> None:
     index = open_index(tmp_path, make_vectors(3, 4), normalized=normalized)
     scores_QK, rows_QK = index.search(make_queries(2, 4), 5)
