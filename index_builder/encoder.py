@@ -138,7 +138,7 @@ class Encoder:
             device: Where it runs, `cpu`, `cuda` or `cuda:N`; several, as in `cuda:0,cuda:1`, hold a copy each.
             dtype: In which it computes; `auto` is bfloat16 where the device does that natively, else float32 (float16 on
                 older GPUs).
-            batch_size: Texts of one forward pass, fewer of more than 256 tokens; 64 on a CPU and 512 on a GPU where None.
+            batch_size: Texts of one forward pass, fewer of more than 256 tokens; 32 on a CPU and 512 on a GPU where None.
             trust_remote_code: Whether code that comes with the model may run.
             max_length: Tokens of a text to read; None leaves the model's own limit.
             query_prompt: Put in front of questions; None takes the model's own, or that of its family.
@@ -187,7 +187,7 @@ class Encoder:
             "document_prompt": document_prompt,
             "normalize": normalize,
         }
-        size = batch_size or (512 if devices[0].startswith("cuda") else 64)
+        size = batch_size or (512 if devices[0].startswith("cuda") else 32)
         return cls(models, name, revision, size, resolve_dtype(dtype, devices[0]), options)
 
     @classmethod

@@ -796,10 +796,10 @@ def test_the_texts_that_are_cut_are_counted_while_they_are_encoded(
     make_encoder: Callable[..., Path], tmp_path: Path, prompt: str | None
 ) -> None:
     folder = str(make_encoder(tmp_path / "short", max_length=10))
-    encoder = Encoder.open(folder, document_prompt=prompt, batch_size=4)
+    encoder = Encoder.open(folder, document_prompt=prompt)
     # [CLS] and [SEP] take two of ten places, the words and the colon of the prompt four.
     room = 8 if prompt is None else 4
-    counts = np.random.default_rng(0).integers(0, 13, 2100)
+    counts = np.random.default_rng(0).integers(0, 13, 1100)
     texts = [" ".join(["oil"] * count) for count in counts.tolist()]
     vectors_QX, num_cut = encoder.encode_counted(texts, "document")
     assert num_cut == (counts > room).sum()
