@@ -309,10 +309,9 @@ class Encoder:
         if self._on_cpu:
             numbers_B = np.tile(numbers_B, -(-MIN_ROWS // (len(numbers_B) * length)))
         lengths_B1 = part.lengths_Q[numbers_B, None]
-        left = self._model.tokenizer.padding_side == "left"
-        places_BT = np.arange(length) - (length - lengths_B1 if left else np.zeros_like(lengths_B1))
-        keep_BT = (places_BT >= 0) & (places_BT < lengths_B1)
-        ids_BT = part.ids[part.starts_Q[numbers_B, None] + np.clip(places_BT, 0, lengths_B1 - 1)]
+        keep_BT = np.arange(length) < lengths_B1
+        ids_BT = part.ids[part.starts_Q[numbers_B, None] + np.minimum(np.arange(length), lengths_B1 - 1)]
+        # On the right for all networks: pooling takes the last token from the mask.
         ids_BT[~keep_BT] = self._model.tokenizer.pad_token_id or 0
         arrays = (ids_BT, keep_BT.astype(np.int64), np.zeros_like(ids_BT))
         tensors = {name: torch.from_numpy(array) for name, array in zip(_ARRAYS, arrays, strict=True)}
@@ -338,8 +337,7 @@ class Encoder:
         """How the model wants the tokens of texts of a role; None if it wants something else than tokens, or other ones than those
         that `_read` makes. Found out with one text that is cut."""
         names = ("document", "passage", "corpus") if role == "document" else ("query",)
-        prompt_name = next((name for name in names if name in self.prompts), self._model.default_prompt_name)
-        prompt = self.prompts.get(prompt_name, "")
+        prompt = next((self.prompts[name] for name in names if name in self.prompts), "")
         probe = "The price of oil, 1973: [CLS] <s> \u65e5\u672c " * (min(self.max_length, 1024) // 8 + 1)
         try:
             theirs = self._model.preprocess([probe], prompt=prompt, task=role)

@@ -309,7 +309,7 @@ def test_other_networks_are_those_of_sentence_transformers(
     )
 
 
-def test_the_default_prompt_of_a_model_is_that_of_roles_without_one(
+def test_a_default_prompt_is_used_where_sentence_transformers_uses_it(
     make_encoder: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = make_encoder(tmp_path / "model", prompts={"topic": "oil: "})
@@ -392,6 +392,16 @@ def test_a_model_that_cuts_documents_at_a_length_of_their_own_is_left_to_itself(
     encoder = Encoder.open(str(folder), dtype="float32")
     for role in ("document", "query"):
         np.testing.assert_allclose(encoder.encode(TEXTS, role), expected(folder, TEXTS, role), rtol=0, atol=1e-6)
+
+
+def test_a_text_without_any_token_has_a_vector(make_encoder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_encoder(tmp_path / "model")
+    rewrite(folder / "tokenizer.json", post_processor=None)  # no [CLS] and [SEP]
+    encoder = Encoder.open(str(folder), dtype="float32")
+    vectors_QX = encoder.encode(["", "oil", " "], "document")
+    np.testing.assert_allclose(vectors_QX[1], expected(folder, ["oil"], "document")[0], rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(vectors_QX[0], vectors_QX[2])
+    assert np.isfinite(vectors_QX).all()
 
 
 # The type of numbers
@@ -792,9 +802,15 @@ def test_texts_longer_than_the_encoder_reads_are_counted(make_encoder: Callable[
 
 
 @pytest.mark.parametrize("prompt", [None, "the oil price: "])
+@pytest.mark.parametrize("slice_texts", [8192, 300])
 def test_the_texts_that_are_cut_are_counted_while_they_are_encoded(
-    make_encoder: Callable[..., Path], tmp_path: Path, prompt: str | None
+    make_encoder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    prompt: str | None,
+    slice_texts: int,
 ) -> None:
+    monkeypatch.setattr("index_builder.encoder.SLICE_TEXTS", slice_texts)
     folder = str(make_encoder(tmp_path / "short", max_length=10))
     encoder = Encoder.open(folder, document_prompt=prompt)
     # [CLS] and [SEP] take two of ten places, the words and the colon of the prompt four.
