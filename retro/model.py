@@ -317,18 +317,32 @@ class Retro(nn.Module):
         neighbors_BLKR: Tensor | None = None,
         keep_BLKR: Tensor | None = None,
         cache: Cache | None = None,
+        targets_BT: Tensor | None = None,
+        loss_BT: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the next token at every slot [B, T, V]; arguments as for `hidden`."""
-        return self.logits(
-            self.hidden(
-                inputs_BT,
-                keep_BT=keep_BT,
-                document_BL=document_BL,
-                neighbors_BLKR=neighbors_BLKR,
-                keep_BLKR=keep_BLKR,
-                cache=cache,
-            )
+        """Logits of the next token at every slot [B, T, V]; with targets, the sum of their losses in nats.
+
+        Args:
+            inputs_BT: This and the others as for `hidden`.
+            keep_BT: See there.
+            document_BL: See there.
+            neighbors_BLKR: See there.
+            keep_BLKR: See there.
+            cache: See there.
+            targets_BT: What each slot is to predict.
+            loss_BT: True where the target counts.
+        """
+        hidden_BTD = self.hidden(
+            inputs_BT,
+            keep_BT=keep_BT,
+            document_BL=document_BL,
+            neighbors_BLKR=neighbors_BLKR,
+            keep_BLKR=keep_BLKR,
+            cache=cache,
         )
+        if targets_BT is None or loss_BT is None:
+            return self.logits(hidden_BTD)
+        return self.loss(hidden_BTD, targets_BT, loss_BT)[0]
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits [..., V] of final activations [..., D]."""

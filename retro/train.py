@@ -245,14 +245,7 @@ def train_step(
 
 def _loss_sum(model: Retro, batch: Batch, dtype: torch.dtype) -> Tensor:
     with torch.autocast(batch.inputs_BT.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        hidden_BTD = model.hidden(
-            batch.inputs_BT,
-            keep_BT=batch.keep_BT,
-            document_BL=batch.document_BL,
-            neighbors_BLKR=batch.neighbors_BLKR,
-            keep_BLKR=batch.keep_BLKR,
-        )
-        loss, _ = model.loss(hidden_BTD, batch.targets_BT, batch.loss_BT)
+        loss: Tensor = model(**batch.tensors())
     return loss
 
 
