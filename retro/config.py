@@ -6,6 +6,7 @@ Letters as in model.py; the paper is arXiv:2112.04426.
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -16,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from retro.errors import ConfigError
 
 Precision = Literal["auto", "float32", "bfloat16"]
+NeighborPart = Literal["both", "chunk", "continuation"]
 ConfigT = TypeVar("ConfigT")
 
 
@@ -94,8 +96,10 @@ class ModelConfig:
 class TrainConfig:
     """How a model is trained."""
 
-    data: str = ""
-    """Folder made by `retro data`."""
+    data: str | tuple[str, ...] = ""
+    """Folder made by `retro data`, or several, which are mixed by sequences."""
+    data_weights: tuple[float, ...] = ()
+    """Shares of the folders in the sequences, of any sum. Empty: by their sizes, so that every folder is read equally often."""
     out: str = ""
     """Folder of the model, `NAME.model` by habit."""
     seq_len: int = 512
@@ -104,6 +108,8 @@ class TrainConfig:
     """K: neighbors of a chunk (k); at most as many as the training data holds."""
     neighbor_len: int = 128
     """R: tokens of a neighbor, chunk and continuation together (r); longer ones are cut."""
+    neighbor_part: NeighborPart = "both"
+    """both: chunk N and continuation F; chunk or continuation: that part alone (rows of the paper's ablation)."""
     batch_size: int = 16
     """Sequences of one optimizer step."""
     micro_batch_size: int = 16
@@ -131,9 +137,23 @@ class TrainConfig:
     eval_every: int = 200
     """Steps between validation losses (retrieval on, off and shuffled); the last step is always one."""
     eval_sequences: int = 64
-    """Validation sequences used each time; 0 means all."""
+    """Validation sequences of each folder of data that are used each time; 0 means all."""
+    patience: int = 0
+    """Evaluations in a row without a lower validation loss (retrieval on) after which training stops; 0 never stops early."""
+    keep_best: bool = False
+    """The finished model has the weights of the lowest validation loss instead of the last ones. So it has where `patience` is set."""
+    sample_tokens: int = 64
+    """Tokens by which a validation document is continued at every evaluation, for samples.jsonl; 0 writes none."""
     save_every: int = 200
     """Steps between checkpoints; the last step is always one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept while training."""
+    prefetch: int = 2
+    """Batches that a thread prepares ahead; 0 prepares each when it is needed. The results are the same."""
+    tensorboard: bool = False
+    """Writes the metrics as event files for TensorBoard, too (pip install "retro-lm[tensorboard]")."""
+    wandb_project: str = ""
+    """Sends the metrics to this project of Weights & Biases, too (pip install "retro-lm[wandb]"). Empty: nothing is sent."""
     precision: Precision = "auto"
     """auto: bfloat16 on a GPU that has it, float32 elsewhere. Weights and optimizer stay float32."""
     device: str = "auto"
@@ -154,10 +174,26 @@ class TrainConfig:
             "log_every",
             "eval_every",
             "save_every",
+            "keep_checkpoints",
         )
         _require_not_negative(
-            self, "final_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "eval_sequences", "seed"
+            self,
+            "final_learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "grad_clip",
+            "eval_sequences",
+            "patience",
+            "sample_tokens",
+            "prefetch",
+            "seed",
         )
+        weights = self.data_weights
+        if weights and (len(weights) != len(self.folders) or not all(0 < w < math.inf for w in weights)):
+            raise ConfigError(
+                f"data_weights = {list(weights)} for the {len(self.folders)} folders {', '.join(self.folders)} of train.data: "
+                "give every folder one number above 0, or none at all"
+            )
         if self.batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"batch_size = {self.batch_size} is no multiple of micro_batch_size = {self.micro_batch_size}"
@@ -165,6 +201,11 @@ class TrainConfig:
         for name in ("neighbor_dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: give a number of at least 0 and below 1")
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders of `data`."""
+        return (self.data,) if isinstance(self.data, str) else self.data
 
     @property
     def accumulation(self) -> int:
@@ -295,7 +336,9 @@ def _converted(value: Any, hint: Any, where: str) -> Any:  # noqa: PLR0911
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _converted(value, next(a for a in arguments if a is not type(None)), where)
+        kinds = [a for a in arguments if a is not type(None)]
+        listed = [a for a in kinds if typing.get_origin(a) is tuple]
+        return _converted(value, listed[0] if listed and isinstance(value, (list, tuple)) else kinds[0], where)
     if origin is Literal:
         if value not in arguments:
             raise ConfigError(f"{where} = {value!r}: must be one of {', '.join(map(str, arguments))}")
