@@ -141,7 +141,7 @@ class TrainConfig:
     patience: int = 0
     """Evaluations in a row without a lower validation loss (retrieval on) after which training stops; 0 never stops early."""
     keep_best: bool = False
-    """The finished model has the weights of the lowest validation loss instead of the last ones. So it has where `patience` is set."""
+    """The finished model has the weights of the lowest validation loss, not the last ones; so it has, too, where `patience` is set."""
     sample_tokens: int = 64
     """Tokens by which a validation document is continued at every evaluation, for samples.jsonl; 0 writes none."""
     save_every: int = 200
