@@ -1,0 +1,395 @@
+"""What a network costs: parameters, FLOPs, and the memory of training it. No training is done here.
+
+Letters as in model.py. A FLOP is one addition or one multiplication, so a product of matrices [a, b] x [b, c] has 2abc. Matrix
+products alone are counted; everything else is a few thousandths of them.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from retro.config import ModelConfig
+from retro.model import Retro
+
+# --- devices --------------------------------------------------------------------------------------------------------
+
+
+class Gpu(NamedTuple):
+    """Data sheet."""
+
+    bf16_flops: float
+    """FLOP/s in bfloat16 with tensor cores and sums in float32; dense, so half of what is advertised with sparsity."""
+    memory: int
+    """Bytes."""
+    pattern: str
+    """Of the name that PyTorch gives it, whole, without the maker's. Slices (MIG) and laptop GPUs do not match."""
+
+
+GPUS = {
+    "l4": Gpu(121e12, 24 * 10**9, r"L4"),
+    "l40s": Gpu(362e12, 48 * 10**9, r"L40S"),
+    "a10": Gpu(125e12, 24 * 10**9, r"A10"),
+    "a100": Gpu(312e12, 80 * 10**9, r"A100.*"),
+    "h100": Gpu(989e12, 80 * 10**9, r"H100( SXM5?)?( 80GB HBM3)?"),
+    "h100-pcie": Gpu(756e12, 80 * 10**9, r"H100 PCIe"),
+    "h100-nvl": Gpu(835e12, 94 * 10**9, r"H100 NVL"),
+    "h200": Gpu(989e12, 141 * 10**9, r"H200"),
+    "h200-nvl": Gpu(835e12, 141 * 10**9, r"H200 NVL"),
+    "gh200": Gpu(989e12, 96 * 10**9, r"GH200.*"),
+    "b200": Gpu(2250e12, 180 * 10**9, r"B200"),
+    "rtx-3090": Gpu(71e12, 24 * 10**9, r"GeForce RTX 3090"),
+    "rtx-4090": Gpu(165.2e12, 24 * 10**9, r"GeForce RTX 4090"),
+    "rtx-5090": Gpu(209.5e12, 32 * 10**9, r"GeForce RTX 5090"),
+    "mi300x": Gpu(1307e12, 192 * 10**9, r"Instinct MI300X.*"),
+}
+"""The makers' data sheets: NVIDIA's of L4, L40S, A10, A100, H100 (SXM, PCIe, NVL), H200, GH200 and HGX B200, its white papers of the
+GeForce architectures Ampere, Ada and Blackwell, and AMD's of MI300X. The A100 with 40 GB has half the memory written here."""
+
+
+def device_peak_flops(name: str) -> float | None:
+    """Peak FLOP/s in bfloat16 of a GPU by the name `torch.cuda.get_device_name` gives; None where it is not in the table."""
+    bare = re.sub(r"^(NVIDIA|AMD) ", "", name.strip())
+    if "MIG" in bare:
+        return None
+    return next((gpu.bf16_flops for gpu in GPUS.values() if re.fullmatch(gpu.pattern, bare)), None)
+
+
+# --- parameters -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """Numbers of a network, by part."""
+
+    decoder: int = 0
+    """Matrices of self-attention and feed-forward."""
+    cca: int = 0
+    """Matrices of chunked cross-attention."""
+    encoder: int = 0
+    """Matrices of the neighbor encoder."""
+    embeddings: int = 0
+    """Tables of tokens."""
+    head: int = 0
+    """The output's own matrix; 0 where it is an embedding table."""
+    vectors: int = 0
+    """Scales of norms and biases."""
+
+    @property
+    def matrices(self) -> int:
+        """What the paper counts: "non-embedding parameters"."""
+        return self.decoder + self.cca + self.encoder
+
+    @property
+    def total(self) -> int:
+        return self.matrices + self.embeddings + self.head + self.vectors
+
+
+def parameter_counts(config: ModelConfig) -> Parameters:
+    """Counts the network's own tensors, on the meta device: no memory is used.
+
+    Source: arXiv:2112.04426, table 1, whose numbers are `matrices`.
+    """
+    with torch.device("meta"):
+        model = Retro(config)
+    counts = dict.fromkeys(Parameters.__dataclass_fields__, 0)
+    for name, tensor in model.named_parameters():
+        if tensor.ndim < 2 or name.endswith("bias"):
+            part = "vectors"
+        elif name.startswith(("embedding.", "encoder_embedding.")):
+            part = "embeddings"
+        elif name.startswith(("head.", "encoder.")):
+            part = name.partition(".")[0]
+        else:
+            part = "cca" if ".cca." in name else "decoder"
+        counts[part] += tensor.numel()
+    return Parameters(**counts)
+
+
+# --- FLOPs ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flops:
+    """FLOPs by part of the network."""
+
+    attention: float
+    """The decoder's self-attention with its projections."""
+    feed_forward: float
+    """The decoder's."""
+    head: float
+    """Logits."""
+    encoder: float = 0
+    """The neighbor encoder, with its view of the decoder."""
+    cca: float = 0
+    """Chunked cross-attention with its projections."""
+
+    @property
+    def decoder(self) -> float:
+        """Without retrieval."""
+        return self.attention + self.feed_forward + self.head
+
+    @property
+    def retrieval(self) -> float:
+        """What neighbors add."""
+        return self.encoder + self.cca
+
+    @property
+    def total(self) -> float:
+        return self.decoder + self.retrieval
+
+
+def forward_flops(
+    config: ModelConfig, *, seq_len: int, num_neighbors: int, neighbor_len: int, retrieving: float = 1.0
+) -> Flops:
+    """FLOPs of a forward pass over one sequence.
+
+    Attention counts all T x T products, the half that causality masks included: the convention of PaLM (arXiv:2204.02311, appendix
+    B), which makes figures of model FLOPs utilization comparable. Every slot has logits. With relative positions each pair of a
+    query and a key has one more product, and each attention the projection of its distances.
+
+    Args:
+        config: The network.
+        seq_len: T.
+        num_neighbors: K; 0 turns retrieval off.
+        neighbor_len: R.
+        retrieving: Share of the chunks that have neighbors: the others cost nothing in encoder and CCA.
+    """
+    inner = config.num_heads * config.head_dim
+    attention = _attention(seq_len, seq_len, config.dim, config.dim, inner, config.positions == "relative")
+    feed_forward = 4 * seq_len * config.dim * config.ffw_dim
+    layers = config.num_layers
+    head = 2 * seq_len * config.dim * config.vocab_size
+    if not (config.cca_layers and num_neighbors):
+        return Flops(attention=layers * attention, feed_forward=layers * feed_forward, head=head)
+    chunks = retrieving * (seq_len // config.chunk_len)
+    cca = _attention(
+        config.chunk_len,
+        num_neighbors * neighbor_len,
+        config.dim,
+        config.encoder_dim,
+        inner,
+        config.positions == "relative" and config.cca_positions,
+        distances=config.chunk_len + neighbor_len - 1,
+    )
+    return Flops(
+        attention=layers * attention,
+        feed_forward=layers * feed_forward,
+        head=head,
+        encoder=chunks * _encoder_flops(config, num_neighbors, neighbor_len),
+        cca=chunks * len(config.cca_layers) * cca,
+    )
+
+
+def _encoder_flops(config: ModelConfig, num_neighbors: int, neighbor_len: int) -> int:
+    """Of the neighbors of one chunk."""
+    dim, inner = config.encoder_dim, config.encoder_heads * config.encoder_head_dim
+    relative = config.positions == "relative"
+    rows = num_neighbors * neighbor_len
+    layer = num_neighbors * _attention(neighbor_len, neighbor_len, dim, dim, inner, relative)
+    layer += 4 * rows * dim * config.encoder_ffw_dim
+    cross = _attention(rows, config.chunk_len, dim, config.dim, inner, relative)
+    return config.encoder_layers * layer + config.encoder_conditioned * cross
+
+
+def _attention(
+    queries: int, keys: int, query_dim: int, key_dim: int, inner: int, relative: bool, distances: int = 0
+) -> int:
+    """Projections of queries, output, keys and values; one product for the scores and one for the values."""
+    projections = 4 * queries * query_dim * inner + 4 * keys * key_dim * inner
+    scores = 2 * queries * keys * inner
+    return projections + (3 if relative else 2) * scores
+
+
+def training_flops(forward: Flops, *, recomputed: bool = False) -> float:
+    """FLOPs of forward and backward pass: a product of matrices has two gradients, each of which costs as much as itself.
+
+    Args:
+        forward: Of the forward pass.
+        recomputed: Count the second forward pass of activation checkpointing: hardware FLOPs. Model FLOPs leave it out.
+    """
+    return (4 if recomputed else 3) * forward.total
+
+
+def mfu(flops_per_step: float, seconds: float, peak: float) -> float:
+    """Model FLOPs utilization: the share of the peak that a step's model FLOPs are (arXiv:2204.02311, section 4.1).
+
+    Args:
+        flops_per_step: `training_flops` of all sequences of the step, on all devices.
+        seconds: Of the step.
+        peak: FLOP/s of all devices together.
+    """
+    return flops_per_step / seconds / peak
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes of training on one device."""
+
+    weights: int = 0
+    """Frozen ones included."""
+    gradients: int = 0
+    optimizer: int = 0
+    """AdamW's two moments, float32."""
+    copies: int = 0
+    """Weights in bfloat16 under autocast; with shards, the layers that are gathered and their gradients."""
+    activations: int = 0
+    """What the forward pass keeps for the backward pass."""
+    logits: int = 0
+    """With their log-probabilities and gradient, at the loss."""
+
+    @property
+    def total(self) -> int:
+        """At most: gradients and activations need not be largest at the same time."""
+        return self.weights + self.gradients + self.optimizer + self.copies + self.activations + self.logits
+
+
+def state_memory(trainable: int, frozen: int = 0, *, frozen_bits: float = 32, ranks: int = 1) -> Memory:
+    """Weights, gradients and moments of so many numbers: 16 bytes for each that is trained.
+
+    Args:
+        trainable: Parameters in float32.
+        frozen: Parameters without gradients.
+        frozen_bits: Of each of those.
+        ranks: Devices that share all of it (FSDP).
+    """
+    share = -(-trainable // ranks)
+    return Memory(weights=4 * share + int(frozen * frozen_bits / 8 / ranks), gradients=4 * share, optimizer=8 * share)
+
+
+def training_memory(
+    config: ModelConfig,
+    *,
+    micro_batch_size: int,
+    seq_len: int,
+    num_neighbors: int,
+    neighbor_len: int,
+    bfloat16: bool = True,
+    ranks: int = 1,
+    checkpointing: bool = False,
+) -> Memory:
+    """What training a network takes on each device.
+
+    Activations are those that PyTorch's own operators keep, each an array of its own; `torch.compile` makes kernels that keep fewer.
+    Attention is taken not to keep T x T numbers: on a CPU it keeps its mask besides, and relative positions without flex attention
+    a number for every pair and head.
+
+    Args:
+        config: The network.
+        micro_batch_size: Sequences of one forward pass on one device.
+        seq_len: T.
+        num_neighbors: K; 0 for none.
+        neighbor_len: R.
+        bfloat16: Products in bfloat16 (autocast; with several ranks, gathered weights too), else in float32.
+        ranks: Devices that share weights, gradients and moments (FSDP).
+        checkpointing: Keep the inputs of the layers only and compute each layer again in the backward pass.
+    """
+    counts = parameter_counts(config)
+    size = 2 if bfloat16 else 4
+    head = config.vocab_size * config.dim
+    if ranks == 1:
+        copies = 2 * (counts.matrices + head) if bfloat16 else 0
+    else:
+        per_layer = counts.decoder // config.num_layers + counts.cca // max(len(config.cca_layers), 1)
+        copies = (
+            2 * size * (counts.embeddings + counts.head + 2 * max(per_layer, counts.encoder // config.encoder_layers))
+        )
+    retrieval = bool(config.cca_layers and num_neighbors)
+    neighbor_tokens = seq_len // config.chunk_len * num_neighbors * neighbor_len if retrieval else 0
+    activations = _activation_bytes(config, seq_len, neighbor_tokens, size, checkpointing)
+    state = state_memory(counts.total, ranks=ranks)
+    return Memory(
+        weights=state.weights,
+        gradients=state.gradients,
+        optimizer=state.optimizer,
+        copies=copies,
+        activations=micro_batch_size * activations,
+        logits=12 * micro_batch_size * seq_len * config.vocab_size,
+    )
+
+
+def _activation_bytes(config: ModelConfig, tokens: int, neighbor_tokens: int, size: int, checkpointing: bool) -> int:
+    """Of one sequence; `neighbor_tokens` are those of all its chunks."""
+
+    def norm(rows: int, dim: int) -> int:  # its input and the scaled one in float32, its output as it is multiplied
+        return rows * dim * (8 + size)
+
+    def attention(
+        queries: int, keys: int, inner: int
+    ) -> int:  # queries, outputs before and after masking; keys, values
+        return (3 * queries + 2 * keys) * inner * size
+
+    dim, inner = config.dim, config.num_heads * config.head_dim
+    layer = 2 * norm(tokens, dim) + attention(tokens, tokens, inner) + 2 * tokens * config.ffw_dim * size
+    cca = norm(tokens, dim) + attention(tokens, neighbor_tokens, inner) if neighbor_tokens else 0
+    width, encoder_inner = config.encoder_dim, config.encoder_heads * config.encoder_head_dim
+    encoder_layer = (
+        2 * norm(neighbor_tokens, width)
+        + attention(neighbor_tokens, neighbor_tokens, encoder_inner)
+        + 2 * neighbor_tokens * config.encoder_ffw_dim * size
+    )
+    cross = 0
+    if config.encoder_conditioned and neighbor_tokens:
+        cross = norm(neighbor_tokens, width) + norm(tokens, dim) + attention(neighbor_tokens, tokens, encoder_inner)
+    ends = norm(tokens, dim) + norm(neighbor_tokens, width)
+    encoder_layers = config.encoder_layers if neighbor_tokens else 0
+    if checkpointing:
+        inputs = 4 * (config.num_layers * tokens * dim + (encoder_layers + 1) * neighbor_tokens * width)
+        return inputs + ends + max(layer + cca, encoder_layer + cross)
+    return config.num_layers * layer + len(config.cca_layers) * cca + encoder_layers * encoder_layer + cross + ends
+
+
+# --- retrofit: a pretrained base --------------------------------------------------------------------------------------
+
+NF4_BITS = 4.5
+"""A number in 4 bits, and a float32 scale for every 64 (arXiv:2305.14314, section 3, without double quantization)."""
+
+
+def lora_parameters(matrices: Iterable[tuple[int, int]], rank: int) -> int:
+    """Numbers that low-rank adapters add to matrices of these shapes (arXiv:2106.09685, section 4.1)."""
+    return sum(rank * (rows + columns) for rows, columns in matrices)
+
+
+def retrofit_memory(
+    *, base_matrices: int, base_other: int, added: int, lora: int, base_bits: int = 16, ranks: int = 1
+) -> dict[str, Memory]:
+    """Weights, gradients and moments of retrofitting a pretrained base, by what becomes of the base. Activations come besides.
+
+    Args:
+        base_matrices: Parameters of the base that quantization can shrink.
+        base_other: Its others: embeddings, norms, biases.
+        added: Parameters of encoder and CCA, always trained.
+        lora: Parameters of the adapters.
+        base_bits: Of a frozen number of the base, where it is not quantized.
+        ranks: Devices that share all of it.
+
+    Returns:
+        "full": everything is trained; "frozen": encoder and CCA alone; "lora": and adapters; "4-bit": as lora, the base in NF4.
+    """
+    base = base_matrices + base_other
+    quantized = (NF4_BITS * base_matrices + base_bits * base_other) / max(base, 1)
+    return {
+        "full": state_memory(base + added, ranks=ranks),
+        "frozen": state_memory(added, base, frozen_bits=base_bits, ranks=ranks),
+        "lora": state_memory(added + lora, base, frozen_bits=base_bits, ranks=ranks),
+        "4-bit": state_memory(added + lora, base, frozen_bits=quantized, ranks=ranks),
+    }
+
+
+def retrofit_flops(base: float, added: float, *, full: bool, through: float = 1.0) -> float:
+    """FLOPs of forward and backward pass of a retrofitted base.
+
+    A frozen matrix has no gradient of its own, but hands on that of its input, where something below it is trained.
+
+    Args:
+        base: Forward FLOPs of the base.
+        added: Forward FLOPs of encoder and CCA.
+        full: Whether the base is trained too.
+        through: Share of the base's FLOPs that gradients run through: the layers from min(P) on; all of them with adapters.
+    """
+    return 3 * added + (3 * base if full else (1 + through) * base)
