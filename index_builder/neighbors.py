@@ -379,15 +379,20 @@ def _collect(work: Path, out: Path, tokenizer: Tokenizer, store: ChunkStore, con
 
     U, R = len(index_rows), config.neighbor_len
     ids_UR = np.zeros((U, R), _ids_type(tokenizer))
-    lengths_U = np.zeros(U, np.int32)
+    lengths_U, chunk_lengths_U = np.zeros(U, np.int32), np.zeros(U, np.int32)
     for start in range(0, U, 1024):
-        texts = [store.passage(int(row)).full_text for row in index_rows[start : start + 1024]]
-        for offset, ids in enumerate(tokenizer.encode_batch(texts)):
-            n = min(len(ids), R)
-            ids_UR[start + offset, :n] = ids[:n]
-            lengths_U[start + offset] = n
+        passages = [store.passage(int(row)) for row in index_rows[start : start + 1024]]
+        texts = [passage.full_text for passage in passages]
+        encodings = tokenizer.backend.encode_batch(texts, add_special_tokens=False)
+        for row, (passage, encoding) in enumerate(zip(passages, encodings, strict=True), start):
+            ids = encoding.ids[:R]
+            ids_UR[row, : len(ids)] = ids
+            lengths_U[row] = len(ids)
+            # A token that the border between chunk and continuation splits is the chunk's.
+            chunk_lengths_U[row] = sum(first < len(passage.text) for first, _ in encoding.offsets[:R])
     save_array(near / "neighbor_ids.npy", ids_UR)
     save_array(near / "neighbor_lengths.npy", lengths_U)
+    save_array(near / "neighbor_chunk_lengths.npy", chunk_lengths_U)
     with_neighbors = sum(int((r >= 0).any(axis=1).sum()) for r in rows)
     return {"tokens": int(starts[-1]), "chunks_with_neighbors": with_neighbors, "different_neighbors": U}
 

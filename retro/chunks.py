@@ -418,6 +418,8 @@ class TrainingArrays:
     """neighbors/: tokens of chunk and continuation, cut after R [U, R]."""
     neighbor_lengths: NDArray[np.int32]
     """neighbors/: how many of them there are [U]."""
+    neighbor_chunk_lengths: NDArray[np.int32] | None = None
+    """neighbors/: how many of these are the chunk's own, before those of its continuation [U]. None in data of older versions."""
 
     @classmethod
     def folders(cls) -> dict[str, str]:
@@ -447,9 +449,10 @@ class TrainingData:
         self.tokenizer = Tokenizer.load(str(folder))
         if self.tokenizer.fingerprint != self.manifest["tokenizer_fingerprint"]:
             raise MismatchError(f"{folder} holds another tokenizer than it was made with: make it again")
-        self.arrays = TrainingArrays(
-            **{name: load_array(folder / below / f"{name}.npy") for name, below in TrainingArrays.folders().items()}
-        )
+        paths = {name: f"{below}/{name}.npy" for name, below in TrainingArrays.folders().items()}
+        if paths["neighbor_chunk_lengths"] not in self.manifest["files"]:
+            del paths["neighbor_chunk_lengths"]
+        self.arrays = TrainingArrays(**{name: load_array(folder / path) for name, path in paths.items()})
         lengths_D = self.arrays.leads + np.diff(self.arrays.starts)
         chunks_D = -(-lengths_D // self.chunk_len)
         self.chunk_starts: Int64s = np.concatenate([np.zeros(1, np.int64), np.cumsum(chunks_D, dtype=np.int64)])

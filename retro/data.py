@@ -10,7 +10,10 @@ a function of the seed, the epoch and the sequence.
 Memory grows with the number of documents, never with that of tokens: those are read through memory maps.
 """
 
-from collections.abc import Callable, Iterator
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -20,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from retro.chunks import SPLITS, Int64s, TrainingData
+from retro.config import NeighborPart
 from retro.errors import ConfigError
 
 Retrieval = Literal["on", "off", "shuffled"]
@@ -57,8 +61,22 @@ class Batch:
         return {name: value for name in _BATCH_FIELDS if (value := getattr(self, name)) is not None}
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same on a device."""
-        return self._mapped(lambda tensor: tensor.to(device))
+        """The same on a device; a batch that is pinned is copied while other work goes on."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def pinned(self) -> "Batch":
+        """The same in memory that a GPU copies from directly."""
+        return self._mapped(Tensor.pin_memory)
+
+    def chosen(self, rows_B: Tensor) -> "Batch":
+        """Some of the sequences, in the order given."""
+        return self._mapped(lambda tensor: tensor[rows_B])
+
+    @staticmethod
+    def joined(batches: "list[Batch]") -> "Batch":
+        """The sequences of batches that have the same tensors, one after the other."""
+        columns = ([getattr(batch, name) for batch in batches] for name in _BATCH_FIELDS)
+        return Batch(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
     def split(self, size: int) -> Iterator["Batch"]:
         """The same sequences in batches of `size`; the last may be smaller."""
@@ -71,6 +89,51 @@ class Batch:
 
 
 _BATCH_FIELDS = tuple(field.name for field in fields(Batch))
+
+
+@contextlib.contextmanager
+def prefetched(batches: Iterable[Batch], *, depth: int, pin: bool = False) -> Iterator[Iterator[Batch]]:
+    """Prepares batches in a thread while others are computed on; they are the same as without.
+
+    Args:
+        batches: Walked through by the thread, which ends with the context, whether all were taken or not.
+        depth: Batches prepared ahead at most; 0 makes each when it is asked for, without a thread.
+        pin: Whether to put them into pinned memory.
+
+    Yields:
+        The batches. An error of the thread is raised in place of the batch that it prevented.
+    """
+    made = (batch.pinned() if pin else batch for batch in batches)
+    if depth == 0:
+        yield made
+        return
+    ready: queue.SimpleQueue[Batch | BaseException | None] = queue.SimpleQueue()
+    room = threading.Semaphore(depth)
+    stopped = False
+
+    def prepare() -> None:
+        try:
+            while room.acquire() and not stopped and (batch := next(made, None)) is not None:
+                ready.put(batch)
+            ready.put(None)
+        except BaseException as error:
+            ready.put(error)
+
+    def taken() -> Iterator[Batch]:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            room.release()
+            yield item
+
+    thread = threading.Thread(target=prepare, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        yield taken()
+    finally:
+        stopped = True
+        room.release()
+        thread.join()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +158,7 @@ class Batches:
         num_neighbors: int,
         neighbor_len: int,
         seed: int,
+        neighbor_part: NeighborPart = "both",
         permute: bool = True,
     ) -> None:
         """Lays out the split.
@@ -106,6 +170,7 @@ class Batches:
             num_neighbors: K, the best neighbors that are used; 0 turns retrieval off.
             neighbor_len: R, tokens of a neighbor that are used.
             seed: Of the documents' order, the dropped and the shuffled neighbors.
+            neighbor_part: "chunk" or "continuation" uses that part of the neighbors only; of a continuation, what the data holds.
             permute: False keeps the documents in their order in every epoch, for evaluation.
 
         Raises:
@@ -127,6 +192,11 @@ class Batches:
                 f"neighbor_len = {neighbor_len}, but the neighbors in {data.folder} are cut after "
                 f"{data.neighbor_len} tokens: set it lower, or make the data again with longer ones"
             )
+        if num_neighbors and neighbor_part != "both" and data.arrays.neighbor_chunk_lengths is None:
+            raise ConfigError(
+                f"neighbor_part = {neighbor_part!r}, but {data.folder} was made by an older version and does not say where the "
+                "chunks of its neighbors end: make it again with `retro data`"
+            )
         self._documents_D = data.documents(split)
         if len(self._documents_D) == 0:
             raise ConfigError(f"{data.folder} has no document in the split {split!r}")
@@ -145,8 +215,12 @@ class Batches:
         self._starts = np.asarray(data.arrays.starts)
         self._leads = np.asarray(data.arrays.leads)
         self._chunk_neighbors = np.asarray(data.arrays.neighbors)[:, :num_neighbors]
-        self._neighbor_ids = np.asarray(data.arrays.neighbor_ids)[:, :neighbor_len]
-        self._neighbor_lengths = np.asarray(data.arrays.neighbor_lengths)
+        self._part = neighbor_part
+        stored = None if neighbor_part == "continuation" else neighbor_len
+        self._neighbor_ids = np.asarray(data.arrays.neighbor_ids)[:, :stored]
+        lengths = data.arrays.neighbor_chunk_lengths if neighbor_part == "chunk" else data.arrays.neighbor_lengths
+        self._neighbor_ends = np.asarray(lengths)
+        """Where the part that is used ends in each neighbor's tokens."""
 
     @property
     def chunks_per_epoch(self) -> int:
@@ -195,6 +269,12 @@ class Batches:
             neighbors_BLKR=neighbors_BLKR,
             keep_BLKR=keep_BLKR,
         )
+
+    def neighbors_of(self, document: int, chunk: int) -> list[list[int]]:
+        """Tokens of the neighbors of one chunk, counted in its document; those that are there."""
+        rows_1 = self.data.chunk_starts[document : document + 1] + chunk
+        neighbors_1KR, keep_1KR = self._neighbor_tokens(self._chosen(rows_1))
+        return [ids[keep].tolist() for ids, keep in zip(neighbors_1KR[0], keep_1KR[0], strict=True) if keep.any()]
 
     def _generator(self, sequence: int, purpose: int) -> np.random.Generator:
         epoch, place = divmod(sequence, self.sequences_per_epoch)
@@ -261,10 +341,14 @@ class Batches:
         present_BLK = chosen_BLK >= 0
         chosen_P = chosen_BLK[present_BLK]
         R = self.neighbor_len
+        ids_PR, place_PR = self._neighbor_ids[chosen_P], np.arange(R)[None]
+        if self._part == "continuation":
+            place_PR = place_PR + np.asarray(self.data.arrays.neighbor_chunk_lengths)[chosen_P][:, None]
+            ids_PR = np.take_along_axis(ids_PR, np.minimum(place_PR, self.data.neighbor_len - 1), axis=1)
         keep_BLKR = np.zeros((*chosen_BLK.shape, R), np.bool_)
-        keep_BLKR[present_BLK] = np.arange(R) < self._neighbor_lengths[chosen_P][:, None]
+        keep_BLKR[present_BLK] = place_PR < self._neighbor_ends[chosen_P][:, None]
         neighbors_BLKR = np.zeros((*chosen_BLK.shape, R), np.int64)
-        neighbors_BLKR[present_BLK] = self._neighbor_ids[chosen_P]
+        neighbors_BLKR[present_BLK] = ids_PR
         neighbors_BLKR[~keep_BLKR] = 0
         return neighbors_BLKR, keep_BLKR
 

@@ -130,6 +130,7 @@ def make_training_data(
         index_rows=np.arange(len(neighbors)),
         neighbor_ids=neighbor_ids,
         neighbor_lengths=np.array([len(ids) for ids in neighbors], np.int32),
+        neighbor_chunk_lengths=np.array([min(len(ids), chunk_len) for ids in neighbors], np.int32),
     )
     recipe = {"made by": "tests"}
     artifact.begin(folder, TrainingData.KIND, recipe, overwrite=False)
@@ -185,6 +186,7 @@ def toy_run(data: Path, out: Path, *, model: dict[str, Any] | None = None, **cha
         "eval_sequences": 4,
         "save_every": 2,
         "neighbor_dropout": 0.25,
+        "sample_tokens": 0,
         "device": "cpu",
         "precision": "float32",
     }

@@ -1,5 +1,7 @@
 """Batches against a grid built token by token."""
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ from builders import (
 )
 from torch.testing import assert_close
 
+from retro.artifact import MANIFEST, read_json, write_json
 from retro.chunks import TrainingData
-from retro.data import Batch, Batches, Retrieval
-from retro.errors import ConfigError
+from retro.config import NeighborPart
+from retro.data import Batch, Batches, Retrieval, prefetched
+from retro.errors import ConfigError, MismatchError
+from retro.mixture import LONGEST_PERIOD, Mixture, corpus_seed, open_corpora
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 SEQ_LEN = 3 * CHUNK_LEN
@@ -274,3 +279,214 @@ def test_an_empty_split_is_refused(tmp_path: Path) -> None:
     data = make_training_data(tmp_path / "d", [ToyDocument([2], [[-1, -1]])], [])
     with pytest.raises(ConfigError, match="no document in the split 'valid'"):
         open_batches(data, "valid")
+
+
+# --- parts of neighbors -------------------------------------------------------------------------------------------
+
+
+def test_a_part_of_a_neighbor_is_its_tokens_before_or_after_the_end_of_its_chunk(tmp_path: Path) -> None:
+    documents, neighbors = random_documents(2, counts={"train": 12})
+    data = make_training_data(tmp_path / "d", documents, neighbors)
+    lengths = [min(len(ids), CHUNK_LEN) for ids in neighbors]
+    parts = {
+        "chunk": [ids[:n][:R] for ids, n in zip(neighbors, lengths, strict=True)],
+        "continuation": [ids[n:][:R] for ids, n in zip(neighbors, lengths, strict=True)],
+    }
+    assert any(not ids for ids in parts["continuation"])
+    assert max(map(len, parts["continuation"])) > R - CHUNK_LEN, "cutting to R tokens first would pass"
+    whole = open_batches(data)
+    placed = [
+        (int(document), chunk)
+        for document in range(len(documents))
+        for chunk in range(len(documents[document].neighbors))
+    ]
+    for part, expected in parts.items():
+        batches = open_batches(data, neighbor_part=part)
+        for document, chunk in placed:
+            chosen = documents[document].neighbors[chunk][:K]
+            assert batches.neighbors_of(document, chunk) == [expected[u] for u in chosen if u >= 0 and expected[u]]
+            assert whole.neighbors_of(document, chunk) == [neighbors[u][:R] for u in chosen if u >= 0]
+        batch = batches.batch(0, batches.sequences_per_epoch)
+        seen: dict[int, int] = {}
+        for (document, _), found in zip(chunks_of(batch), neighbors_of(batch), strict=True):
+            local = seen.get(document, 0)
+            seen[document] = local + 1
+            chosen = documents[document].neighbors[local][:K] if document >= 0 else [-1] * K
+            assert found == [(expected[u] or None) if u >= 0 else None for u in chosen]
+
+
+@pytest.mark.parametrize("part", ["chunk", "continuation"])
+def test_data_that_does_not_know_its_neighbors_parts_trains_with_both_only(part: NeighborPart, tmp_path: Path) -> None:
+    documents, neighbors = random_documents(3, counts={"train": 4})
+    folder = make_training_data(tmp_path / "d", documents, neighbors).folder
+    name = "neighbors/neighbor_chunk_lengths.npy"
+    (folder / name).unlink()
+    manifest = read_json(folder / MANIFEST)
+    del manifest["files"][name]
+    write_json(folder / MANIFEST, manifest)
+    data = TrainingData(folder)
+    assert open_batches(data).batch(0, 1).neighbors_BLKR is not None
+    open_batches(data, num_neighbors=0, neighbor_part=part)
+    with pytest.raises(ConfigError, match=f"neighbor_part = '{part}', but .* made by an older version .*make it again"):
+        open_batches(data, neighbor_part=part)
+
+
+# --- mixtures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> list[TrainingData]:
+    """Three corpora of different sizes."""
+    folder = tmp_path_factory.mktemp("corpora")
+    return [
+        make_training_data(folder / f"{n}.data", *random_documents(20 + n, counts={"train": count, "valid": 2}))
+        for n, count in enumerate((3, 10, 25))
+    ]
+
+
+def mixture(corpora: list[TrainingData], weights: tuple[float, ...] = ()) -> Mixture:
+    return Mixture([open_batches(data, seed=corpus_seed(5, n)) for n, data in enumerate(corpora)], weights)
+
+
+_GENERATOR = np.random.default_rng(0)
+WEIGHTS: list[list[float]] = [
+    *([0.7, 0.3], [1.0, 1.0, 1.0], [0.5, 0.25, 0.25], [1e-3, 0.999], [2.5, 0.1, 7.0, 0.3], [1.0]),
+    *((_GENERATOR.integers(1, 50, _GENERATOR.integers(2, 8)) / 10).tolist() for _ in range(20)),
+]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_after_any_number_of_sequences_each_corpus_has_its_share_to_less_than_one(
+    weights: list[float], corpora: list[TrainingData]
+) -> None:
+    mixed = Mixture([open_batches(corpora[0])] * len(weights), weights)
+    n = 3 * sum(mixed.period) + 7
+    corpus_N, number_N = mixed.turns(0, n)
+    for corpus, weight in enumerate(weights):
+        due_N = weight / sum(weights) * np.arange(1, n + 1)
+        assert np.abs(np.cumsum(corpus_N == corpus) - due_N).max() < 1 - 1e-9 or len(weights) == 1
+        assert number_N[corpus_N == corpus].tolist() == list(range(int((corpus_N == corpus).sum())))
+    far = 10**12 + 3
+    corpus_B, number_B = mixed.turns(far, 50)
+    for corpus, number in zip(corpus_B.tolist(), number_B.tolist(), strict=True):
+        assert abs(number - weights[corpus] / sum(weights) * far) < 51
+
+
+def test_weights_without_a_short_period_are_rounded(corpora: list[TrainingData]) -> None:
+    mixed = mixture(corpora, (0.123456789, 1e-9, 0.7))
+    assert sum(mixed.period) <= LONGEST_PERIOD + 2
+    assert mixed.shares == pytest.approx([0.123456789 / 0.823456790, 1 / LONGEST_PERIOD, 0.7 / 0.823456790], abs=2e-5)
+
+
+def test_without_weights_every_corpus_is_read_equally_often(corpora: list[TrainingData]) -> None:
+    mixed = mixture(corpora)
+    sizes = [open_batches(data).sequences_per_epoch for data in corpora]
+    assert mixed.sequences_per_epoch == sum(sizes)
+    for epoch in range(3):
+        corpus_N, _ = mixed.turns(epoch * sum(sizes), sum(sizes))
+        assert np.bincount(corpus_N).tolist() == sizes
+
+
+@pytest.mark.parametrize("neighbors", ["on", "off", "shuffled"])
+def test_a_mixtures_sequences_are_those_of_its_corpora_in_any_company(
+    corpora: list[TrainingData], neighbors: Retrieval
+) -> None:
+    mixed, again = mixture(corpora, (0.2, 0.3, 0.5)), mixture(corpora, (0.2, 0.3, 0.5))
+    first, size = 17, 40
+    whole = mixed.batch(first, size, neighbor_dropout=0.5, neighbors=neighbors)
+    parts = list(whole.split(1))
+    corpus_B, number_B = mixed.turns(first, size)
+    assert len(set(corpus_B.tolist())) == 3
+    assert any(int(number_B[corpus_B == n].max()) > open_batches(corpora[n]).sequences_per_epoch for n in range(3))
+    for place, (corpus, number) in enumerate(zip(corpus_B.tolist(), number_B.tolist(), strict=True)):
+        own = open_batches(corpora[corpus], seed=corpus_seed(5, corpus))
+        expected = own.batch(number, 1, neighbor_dropout=0.5, neighbors=neighbors).tensors()
+        assert_close(parts[place].tensors(), expected, rtol=0, atol=0)
+        alone = again.batch(first + place, 1, neighbor_dropout=0.5, neighbors=neighbors)
+        assert_close(alone.tensors(), expected, rtol=0, atol=0)
+
+
+def test_two_corpora_alike_lose_the_neighbors_of_different_sequences(corpora: list[TrainingData]) -> None:
+    mixed = mixture([corpora[2], corpora[2]], (1, 1))
+    keep_BLKR = mixed.batch(0, 60, neighbor_dropout=0.5).keep_BLKR
+    assert keep_BLKR is not None
+    has_B = keep_BLKR.flatten(1).any(dim=1)
+    assert not torch.equal(has_B[::2], has_B[1::2])
+
+
+def test_corpora_are_named_by_their_folders(corpora: list[TrainingData], tmp_path: Path) -> None:
+    twin = tmp_path / "1.data"
+    twin.symlink_to(corpora[1].folder)
+    folders = [str(folder) for folder in (corpora[0].folder, corpora[1].folder, twin)]
+    assert list(open_corpora(folders)) == ["0", "1", "12"]
+
+
+def test_corpora_that_cannot_train_one_model_are_a_mismatch(corpora: list[TrainingData], tmp_path: Path) -> None:
+    documents, neighbors = random_documents(1, counts={"train": 3})
+    one_chunk = [ToyDocument(document.ids, [[-1]] * 9) for document in documents]
+    for document in one_chunk:
+        del document.neighbors[-(-(len(document.ids) + 1) // 4) :]
+    other = make_training_data(tmp_path / "other.data", [d for d in one_chunk if len(d.ids) < 32], [], chunk_len=4)
+    with pytest.raises(MismatchError, match=r"0\.data has chunks of 8 and .*other\.data 4: .* make one of them again"):
+        open_corpora([str(corpora[0].folder), str(other.folder)])
+
+
+# --- prefetching --------------------------------------------------------------------------------------------------
+
+
+def numbered(batches: Batches, count: int) -> Iterator[Batch]:
+    return (batches.batch(2 * n, 2, neighbor_dropout=0.3) for n in range(count))
+
+
+def prefetching() -> bool:
+    return any(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_prefetched_batches_are_the_same(many: tuple[list[ToyDocument], TrainingData], depth: int) -> None:
+    with prefetched(numbered(open_batches(many[1]), 9), depth=depth) as batches:
+        found = list(batches)
+    assert len(found) == 9
+    for ours, theirs in zip(found, numbered(open_batches(many[1]), 9), strict=True):
+        assert_close(ours.tensors(), theirs.tensors(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_an_error_of_the_thread_comes_in_place_of_its_batch(
+    many: tuple[list[ToyDocument], TrainingData], depth: int
+) -> None:
+    def failing() -> Iterator[Batch]:
+        yield from numbered(open_batches(many[1]), 2)
+        raise ConfigError("the third batch")
+
+    with prefetched(failing(), depth=depth) as batches:
+        next(batches)
+        next(batches)
+        with pytest.raises(ConfigError, match="the third batch"):
+            next(batches)
+    assert not prefetching()
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5])
+def test_a_thread_ends_with_its_context_and_never_runs_further_ahead_than_it_may(
+    many: tuple[list[ToyDocument], TrainingData], taken: int
+) -> None:
+    made = 0
+
+    def endless() -> Iterator[Batch]:
+        nonlocal made
+        while True:
+            made += 1
+            yield from numbered(open_batches(many[1]), 1)
+
+    def use() -> None:
+        with prefetched(endless(), depth=2) as batches:
+            assert prefetching()
+            for _ in range(taken):
+                next(batches)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        use()
+    assert not prefetching()
+    assert taken <= made <= taken + 2
