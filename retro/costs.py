@@ -45,8 +45,8 @@ GPUS = {
     "rtx-5090": Gpu(209.5e12, 32 * 10**9, r"GeForce RTX 5090"),
     "mi300x": Gpu(1307e12, 192 * 10**9, r"Instinct MI300X.*"),
 }
-"""The makers' data sheets: NVIDIA's of L4, L40S, A10, A100, H100 (SXM, PCIe, NVL), H200, GH200 and HGX B200, its white papers of the
-GeForce architectures Ampere, Ada and Blackwell, and AMD's of MI300X. The A100 with 40 GB has half the memory written here."""
+"""The makers' data sheets: NVIDIA's of L4, L40S, A10, A100, H100 (SXM, PCIe, NVL), H200, GH200 and HGX B200, its white papers
+of the GeForce architectures Ampere, Ada and Blackwell, and AMD's of MI300X. The A100 with 40 GB has half the memory said here."""
 
 
 def device_peak_flops(name: str) -> float | None:
@@ -147,8 +147,7 @@ def forward_flops(
     """FLOPs of a forward pass over one sequence.
 
     Attention counts all T x T products, the half that causality masks included: the convention of PaLM (arXiv:2204.02311, appendix
-    B), which makes figures of model FLOPs utilization comparable. Every slot has logits. With relative positions each pair of a
-    query and a key has one more product, and each attention the projection of its distances.
+    B), which makes figures of model FLOPs utilization comparable. Every slot has logits.
 
     Args:
         config: The network.
@@ -157,50 +156,50 @@ def forward_flops(
         neighbor_len: R.
         retrieving: Share of the chunks that have neighbors: the others cost nothing in encoder and CCA.
     """
+    D, M, R = config.dim, config.chunk_len, neighbor_len
     inner = config.num_heads * config.head_dim
-    attention = _attention(seq_len, seq_len, config.dim, config.dim, inner, config.positions == "relative")
-    feed_forward = 4 * seq_len * config.dim * config.ffw_dim
-    layers = config.num_layers
-    head = 2 * seq_len * config.dim * config.vocab_size
-    if not (config.cca_layers and num_neighbors):
-        return Flops(attention=layers * attention, feed_forward=layers * feed_forward, head=head)
-    chunks = retrieving * (seq_len // config.chunk_len)
-    cca = _attention(
-        config.chunk_len,
-        num_neighbors * neighbor_len,
-        config.dim,
-        config.encoder_dim,
-        inner,
-        config.positions == "relative" and config.cca_positions,
-        distances=config.chunk_len + neighbor_len - 1,
-    )
-    return Flops(
-        attention=layers * attention,
-        feed_forward=layers * feed_forward,
-        head=head,
-        encoder=chunks * _encoder_flops(config, num_neighbors, neighbor_len),
-        cca=chunks * len(config.cca_layers) * cca,
-    )
-
-
-def _encoder_flops(config: ModelConfig, num_neighbors: int, neighbor_len: int) -> int:
-    """Of the neighbors of one chunk."""
-    dim, inner = config.encoder_dim, config.encoder_heads * config.encoder_head_dim
     relative = config.positions == "relative"
-    rows = num_neighbors * neighbor_len
-    layer = num_neighbors * _attention(neighbor_len, neighbor_len, dim, dim, inner, relative)
-    layer += 4 * rows * dim * config.encoder_ffw_dim
-    cross = _attention(rows, config.chunk_len, dim, config.dim, inner, relative)
+    attention: float = _attention_flops(seq_len, seq_len, D, D, inner)
+    attention += relative * _distance_flops(seq_len, seq_len, D, inner)
+    feed_forward = 4 * seq_len * D * config.ffw_dim
+    encoder = cca = 0.0
+    if config.cca_layers and num_neighbors:
+        chunks = retrieving * (seq_len // M)
+        encoder = _encoder_flops(config, chunks, num_neighbors, R)
+        cca = chunks * _attention_flops(M, num_neighbors * R, D, config.encoder_dim, inner)
+        if relative and config.cca_positions:
+            cca += _distance_flops(chunks * M, M + R - 1, D, inner)
+        cca *= len(config.cca_layers)
+    return Flops(
+        attention=config.num_layers * attention,
+        feed_forward=config.num_layers * feed_forward,
+        head=2 * seq_len * D * config.vocab_size,
+        encoder=encoder,
+        cca=cca,
+    )
+
+
+def _encoder_flops(config: ModelConfig, chunks: float, K: int, R: int) -> float:
+    """Of the neighbors of so many chunks."""
+    E, M = config.encoder_dim, config.chunk_len
+    inner = config.encoder_heads * config.encoder_head_dim
+    rows = chunks * K * R
+    layer = chunks * K * _attention_flops(R, R, E, E, inner) + 4 * rows * E * config.encoder_ffw_dim
+    cross = chunks * _attention_flops(K * R, M, E, config.dim, inner)
+    if config.positions == "relative":
+        layer += _distance_flops(rows, 2 * R - 1, E, inner)
+        cross += _distance_flops(rows, R + M - 1, E, inner)
     return config.encoder_layers * layer + config.encoder_conditioned * cross
 
 
-def _attention(
-    queries: int, keys: int, query_dim: int, key_dim: int, inner: int, relative: bool, distances: int = 0
-) -> int:
-    """Projections of queries, output, keys and values; one product for the scores and one for the values."""
-    projections = 4 * queries * query_dim * inner + 4 * keys * key_dim * inner
-    scores = 2 * queries * keys * inner
-    return projections + (3 if relative else 2) * scores
+def _attention_flops(queries: int, keys: int, query_dim: int, key_dim: int, inner: int) -> int:
+    """Projections of queries, output, keys and values; a product for the logits and one for the values."""
+    return 4 * queries * query_dim * inner + 4 * keys * key_dim * inner + 4 * queries * keys * inner
+
+
+def _distance_flops(queries: float, distances: int, query_dim: int, inner: int) -> float:
+    """What relative positions add: the projection of all distances, once, and the product of every query with each of them."""
+    return 2 * distances * query_dim * inner + 2 * queries * distances * inner
 
 
 def training_flops(forward: Flops, *, recomputed: bool = False) -> float:
@@ -275,9 +274,9 @@ def training_memory(
 ) -> Memory:
     """What training a network takes on each device.
 
-    Activations are those that PyTorch's own operators keep, each an array of its own; `torch.compile` makes kernels that keep fewer.
-    Attention is taken not to keep T x T numbers: on a CPU it keeps its mask besides, and relative positions without flex attention
-    a number for every pair and head.
+    Activations are those that PyTorch's own operators keep, each an array of its own; kernels of `torch.compile` keep fewer.
+    Attention is taken not to keep T x T numbers, but with relative positions it does; a CPU's keeps its mask besides, where a
+    sequence holds several documents.
 
     Args:
         config: The network.
@@ -294,14 +293,13 @@ def training_memory(
     head = config.vocab_size * config.dim
     if ranks == 1:
         copies = 2 * (counts.matrices + head) if bfloat16 else 0
-    else:
-        per_layer = counts.decoder // config.num_layers + counts.cca // max(len(config.cca_layers), 1)
-        copies = (
-            2 * size * (counts.embeddings + counts.head + 2 * max(per_layer, counts.encoder // config.encoder_layers))
-        )
+    else:  # tables, output and norms are whole during a pass, and so are two matrices at a time; gradients in float32
+        matrix = max(config.dim, config.encoder_dim) * max(config.ffw_dim, config.encoder_ffw_dim)
+        copies = 8 * (counts.embeddings + counts.head + counts.vectors) + 2 * (size + 4) * matrix
+        copies += 2 * head if bfloat16 else 0
     retrieval = bool(config.cca_layers and num_neighbors)
-    neighbor_tokens = seq_len // config.chunk_len * num_neighbors * neighbor_len if retrieval else 0
-    activations = _activation_bytes(config, seq_len, neighbor_tokens, size, checkpointing)
+    neighbors = seq_len // config.chunk_len * num_neighbors if retrieval else 0
+    activations = _activation_bytes(config, seq_len, neighbors, neighbor_len, size, checkpointing)
     state = state_memory(counts.total, ranks=ranks)
     return Memory(
         weights=state.weights,
@@ -313,35 +311,39 @@ def training_memory(
     )
 
 
-def _activation_bytes(config: ModelConfig, tokens: int, neighbor_tokens: int, size: int, checkpointing: bool) -> int:
-    """Of one sequence; `neighbor_tokens` are those of all its chunks."""
+RELATIVE_BYTES = 20
+"""What a pair of a query and a key keeps in a head with relative positions; measured."""
+
+
+def _activation_bytes(config: ModelConfig, T: int, neighbors: int, R: int, size: int, checkpointing: bool) -> int:
+    """Of one sequence of T tokens, whose chunks have so many neighbors together."""
 
     def norm(rows: int, dim: int) -> int:  # its input and the scaled one in float32, its output as it is multiplied
         return rows * dim * (8 + size)
 
-    def attention(
-        queries: int, keys: int, inner: int
-    ) -> int:  # queries, outputs before and after masking; keys, values
-        return (3 * queries + 2 * keys) * inner * size
+    def attention(queries: int, keys: int, heads: int, width: int, seen: int, relative: bool = True) -> int:
+        kept = (
+            (3 * queries + 2 * keys) * heads * width * size
+        )  # queries, outputs before and after masking; keys, values
+        return kept + (relative and config.positions == "relative") * queries * seen * heads * RELATIVE_BYTES
 
-    dim, inner = config.dim, config.num_heads * config.head_dim
-    layer = 2 * norm(tokens, dim) + attention(tokens, tokens, inner) + 2 * tokens * config.ffw_dim * size
-    cca = norm(tokens, dim) + attention(tokens, neighbor_tokens, inner) if neighbor_tokens else 0
-    width, encoder_inner = config.encoder_dim, config.encoder_heads * config.encoder_head_dim
-    encoder_layer = (
-        2 * norm(neighbor_tokens, width)
-        + attention(neighbor_tokens, neighbor_tokens, encoder_inner)
-        + 2 * neighbor_tokens * config.encoder_ffw_dim * size
-    )
-    cross = 0
-    if config.encoder_conditioned and neighbor_tokens:
-        cross = norm(neighbor_tokens, width) + norm(tokens, dim) + attention(neighbor_tokens, tokens, encoder_inner)
-    ends = norm(tokens, dim) + norm(neighbor_tokens, width)
-    encoder_layers = config.encoder_layers if neighbor_tokens else 0
+    D, E, M, P = config.dim, config.encoder_dim, config.chunk_len, neighbors * R
+    heads, encoder_heads = (config.num_heads, config.head_dim), (config.encoder_heads, config.encoder_head_dim)
+    layer = 2 * norm(T, D) + attention(T, T, *heads, T) + 2 * T * config.ffw_dim * size
+    ends = norm(T, D) + norm(P, E)
+    cca = encoder_layer = cross = 0
+    if P:
+        cca = norm(T, D) + attention(T, P, *heads, P * M // T, config.cca_positions)
+        encoder_layer = 2 * norm(P, E) + 2 * P * config.encoder_ffw_dim * size
+        encoder_layer += attention(P, P, *encoder_heads, R)
+        if config.encoder_conditioned:
+            cross = norm(P, E) + norm(T, D) + attention(P, T, *encoder_heads, M)
     if checkpointing:
-        inputs = 4 * (config.num_layers * tokens * dim + (encoder_layers + 1) * neighbor_tokens * width)
+        inputs = 4 * (config.num_layers * T * D + (config.encoder_layers + 1) * P * E)
         return inputs + ends + max(layer + cca, encoder_layer + cross)
-    return config.num_layers * layer + len(config.cca_layers) * cca + encoder_layers * encoder_layer + cross + ends
+    return (
+        config.num_layers * layer + len(config.cca_layers) * cca + config.encoder_layers * encoder_layer + cross + ends
+    )
 
 
 # --- retrofit: a pretrained base --------------------------------------------------------------------------------------
