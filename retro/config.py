@@ -18,6 +18,7 @@ from retro.errors import ConfigError
 
 Precision = Literal["auto", "float32", "bfloat16"]
 NeighborPart = Literal["both", "chunk", "continuation"]
+Positions = Literal["rotary", "relative"]
 ConfigT = TypeVar("ConfigT")
 
 
@@ -53,8 +54,14 @@ class ModelConfig:
     """M: slots of a chunk (m)."""
     tie_embeddings: bool = True
     """One table for the decoder's input, the encoder's input and the output. Needs dim = encoder_dim."""
+    positions: Positions = "rotary"
+    """How attention knows distances. relative: the paper's, with a learned projection of each distance's sinusoids."""
+    cca_positions: bool = True
+    """Whether CCA knows the distance between a token and a neighbor's (a row of the paper's ablation)."""
+    encoder_conditioned: bool = True
+    """Whether the neighbor encoder sees the decoder's chunk (another row)."""
     rope_base: float = 10_000.0
-    """Base of the rotary frequencies."""
+    """Base of the rotary frequencies, or of the sinusoids."""
     norm_eps: float = 1e-6
     """Added to the mean square in every RMSNorm."""
 
@@ -157,7 +164,11 @@ class TrainConfig:
     precision: Precision = "auto"
     """auto: bfloat16 on a GPU that has it, float32 elsewhere. Weights and optimizer stay float32."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda or cuda:N; under torchrun each rank takes its own GPU of cuda."""
+    compile: bool = False
+    """Compile the network with torch.compile: minutes at the start, then quicker steps on a GPU."""
+    timeout_s: float = 600.0
+    """Under torchrun: seconds that ranks wait for each other before they give up one as lost."""
     seed: int = 0
     """Of the weights, the order of the documents and the dropped neighbors."""
 
@@ -175,6 +186,7 @@ class TrainConfig:
             "eval_every",
             "save_every",
             "keep_checkpoints",
+            "timeout_s",
         )
         _require_not_negative(
             self,
@@ -368,6 +380,48 @@ def _require_not_negative(config: Any, *names: str) -> None:
             raise ConfigError(f"{name} = {getattr(config, name)}: must not be negative")
 
 
+def _paper(
+    dim: int, num_heads: int, head_dim: int, num_layers: int, *, retrieval: bool, rate: float = 2e-4
+) -> RunConfig:
+    """A model of the paper (arXiv:2112.04426, table 1 and appendix C), with or without retrieval."""
+    return RunConfig(
+        model=ModelConfig(
+            vocab_size=128_000,
+            dim=dim,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            ffw_dim=4 * dim,
+            cca_layers=tuple(range(6, num_layers + 1, 3)) if retrieval else (),
+            encoder_dim=896,
+            encoder_layers=2,
+            encoder_heads=16,
+            encoder_head_dim=64,
+            encoder_ffw_dim=3584,
+            tie_embeddings=False,
+            positions="relative",
+        ),
+        train=TrainConfig(
+            seq_len=2048,
+            batch_size=256,
+            micro_batch_size=1,
+            steps=800_000,
+            learning_rate=rate,
+            final_learning_rate=rate / 10,
+            warmup_steps=750,
+            neighbor_dropout=0.0,
+        ),
+    )
+
+
+_PAPER: dict[str, dict[str, Any]] = {
+    "172m": {"dim": 896, "num_heads": 16, "head_dim": 64, "num_layers": 12},
+    "425m": {"dim": 1536, "num_heads": 12, "head_dim": 128, "num_layers": 12},
+    "1.5b": {"dim": 2048, "num_heads": 16, "head_dim": 128, "num_layers": 24},
+    "7.5b": {"dim": 4096, "num_heads": 32, "head_dim": 128, "num_layers": 32, "rate": 1e-4},
+}
+_BASELINES = {"172m": "132m", "425m": "368m", "1.5b": "1.3b", "7.5b": "7b"}
+
 PRESETS: dict[str, RunConfig] = {
     "tiny": RunConfig(
         model=ModelConfig(
@@ -403,5 +457,30 @@ PRESETS: dict[str, RunConfig] = {
         ),
         train=TrainConfig(seq_len=1024, batch_size=256, micro_batch_size=32, steps=450, learning_rate=1.5e-3),
     ),
+    "base": RunConfig(
+        model=ModelConfig(
+            vocab_size=32768,
+            dim=768,
+            num_layers=12,
+            num_heads=12,
+            head_dim=64,
+            ffw_dim=3072,
+            cca_layers=(4, 7, 10),
+            encoder_dim=768,
+            encoder_layers=3,
+            encoder_heads=12,
+            encoder_head_dim=64,
+            encoder_ffw_dim=3072,
+        ),
+        train=TrainConfig(
+            seq_len=2048, batch_size=256, micro_batch_size=8, steps=10_000, learning_rate=6e-4, warmup_steps=500
+        ),
+    ),
+    **{f"retro-{name}": _paper(**sizes, retrieval=True) for name, sizes in _PAPER.items()},
+    **{f"baseline-{_BASELINES[name]}": _paper(**sizes, retrieval=False) for name, sizes in _PAPER.items()},
 }
-"""Named starting points. `vocab_size` gives way to the tokenizer's when training begins."""
+"""Named starting points. `vocab_size` gives way to the tokenizer's when training begins.
+
+tiny, small and base are our own. retro-172m to retro-7.5b are the paper's models, named by their parameters without embeddings, and
+baseline-132m to baseline-7b its models without retrieval; their micro batches are for one GPU of 80 GB.
+"""

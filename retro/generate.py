@@ -7,10 +7,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from retro.cca import Cache
 from retro.chunks import Passage
 from retro.config import GenerateConfig
 from retro.errors import ConfigError, MismatchError
-from retro.model import Cache, Retro
+from retro.model import Retro
 from retro.tokenizer import Tokenizer
 
 Role = Literal["document", "query"]

@@ -363,16 +363,16 @@ def decode_slots(
             )
         ]
         for t in range(P, T):
-            arguments: dict[str, Any] = {}
+            arguments: dict[str, Any] = {"slot_BT": torch.full((len(batch.inputs_BT), 1), t)}
             u = t // M
             if retrieval and t % M == M - 1:
                 if border_neighbors is None:
-                    arguments = {
+                    arguments |= {
                         "neighbors_BLKR": batch.neighbors_BLKR[:, u : u + 1],
                         "keep_BLKR": batch.keep_BLKR[:, u : u + 1],
                     }
                 elif u in border_neighbors:
-                    arguments = dict(zip(("neighbors_BLKR", "keep_BLKR"), border_neighbors[u], strict=True))
+                    arguments |= dict(zip(("neighbors_BLKR", "keep_BLKR"), border_neighbors[u], strict=True))
             one = slice(t, t + 1)
             parts.append(model.hidden(batch.inputs_BT[:, one], keep_BT=batch.keep_BT[:, one], cache=cache, **arguments))
     return torch.cat(parts, dim=1)

@@ -9,8 +9,9 @@ import torch
 from oracles import Batch, Oracle, assert_same, decode_slots, make_batch, prompt_batch, tiny_config
 from torch import Tensor
 
+from retro.cca import Cache
 from retro.config import ModelConfig
-from retro.model import Cache, Retro
+from retro.model import Retro
 
 L = 8
 CONFIGS = [
@@ -128,7 +129,8 @@ def test_cached_decoding_without_retrieval_equals_the_full_forward_pass_without_
     with torch.no_grad():
         full_BTD = model.hidden(batch.inputs_BT, keep_BT=batch.keep_BT)
     assert_same(cached_BTD[batch.keep_BT], full_BTD[batch.keep_BT])
-    assert cache.cca == []
+    assert cache.chunk is not None
+    assert all(k_BHSC.shape[2] == 0 for k_BHSC, _ in cache.chunk.kv)
 
 
 def test_a_decoder_without_cca_decodes_with_a_cache() -> None:
@@ -216,11 +218,12 @@ def test_the_caches_cca_part_does_not_grow_and_self_attention_grows_by_whole_blo
         with torch.no_grad():
             model.hidden(batch.inputs_BT[:, slots], cache=cache, **arguments)
         assert cache.length == t
-        shapes = {tuple(tensor.shape) for pair in cache.cca for tensor in pair}
-        assert len(cache.cca) == len(config.cca_layers)
+        assert cache.chunk is not None
+        shapes = {tuple(tensor.shape) for pair in cache.chunk.kv for tensor in pair}
+        assert len(cache.chunk.kv) == len(config.cca_layers)
         assert shapes == {(B, H, K * R, C)}
-        assert cache.hidden_BMD is not None
-        assert cache.hidden_BMD.shape == (B, M, config.dim)
+        assert cache.chunk.hidden_BMD is not None
+        assert cache.chunk.hidden_BMD.shape == (B, M + 1, config.dim)
         capacities.add(cache.keys_values[0][0].shape[2])
     assert len(capacities) == 2
     assert max(capacities) >= L * M

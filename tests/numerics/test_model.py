@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from oracles import Batch, Oracle, assert_same, make_batch, rich_batch, tiny_config, varied_lengths
 from torch import Tensor
 
+from retro.attention import attend
+from retro.cca import Neighborhood
 from retro.config import ModelConfig
-from retro.model import Neighborhood, Retro, attend
+from retro.model import Retro
 
 
 def make_model(config: ModelConfig, seed: int = 0) -> Retro:
