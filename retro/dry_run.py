@@ -1,0 +1,226 @@
+"""What the run at hand takes: opens its data and network and times a few real steps. Nothing is written."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retro.artifact import MANIFEST, UNFINISHED, differing, read_json
+from retro.checkpoint import KIND, TrainingState, load_training
+from retro.config import RunConfig, TrainConfig
+from retro.costs import Flops, Memory, Parameters, device_peak_flops, mfu, parameter_counts, training_flops
+from retro.data import Batch
+from retro.errors import ConfigError
+from retro.plan import digits, mean_forward, memory_report, run_memory, share_added
+from retro.train import Progress, Setup, StepResult, learning_rate, setup, train_step
+
+MAX_STEPS = 10
+"""Steps that are timed at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """What a few real steps showed."""
+
+    seconds: float
+    """Of one step."""
+    tokens: float
+    """Predicted in one step."""
+    basis: str
+    """What was timed."""
+    loss_nats: float
+    """Of the last one, per token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What the run at hand takes."""
+
+    run: RunConfig
+    """With the vocabulary of the data's tokenizer."""
+    device: str
+    parameters: Parameters
+    timing: Timing
+    steps_done: int
+    """By an earlier start of the same run."""
+    retrieving: float
+    """Share of the chunks that have neighbors, `neighbor_dropout` included."""
+    forward: Flops
+    """Of a sequence, on average."""
+    peak: float | None
+    """FLOP/s of the device; None where nobody knows, or where products are not in bfloat16."""
+    measured_memory: int
+    """Bytes: on a GPU the most that PyTorch had in use, else the most that the process had in memory, programs included."""
+    memory: Memory
+    """Estimated."""
+
+    @property
+    def flops_per_step(self) -> float:
+        """Model FLOPs."""
+        return training_flops(self.forward) * self.run.train.batch_size
+
+    def report(self) -> dict[str, Any]:
+        """Plain data, for people and programs."""
+        train, timing = self.run.train, self.timing
+        left = max(train.steps - self.steps_done, 0)
+        utilization = {}
+        if self.peak is not None:
+            share = mfu(self.flops_per_step, timing.seconds, self.peak)
+            utilization = {"mfu": round(share, 4), "peak": f"{self.peak / 1e12:g} TFLOP/s in bfloat16 (data sheet)"}
+        return {
+            "device": self.device,
+            "parameters": self.parameters.total,
+            "timed": timing.basis,
+            "loss_nats": round(timing.loss_nats, 4),
+            "seconds_per_step": digits(timing.seconds),
+            "tokens_per_s": round(timing.tokens / timing.seconds),
+            "steps_done": self.steps_done,
+            "steps_left": left,
+            "hours_left": digits(left * timing.seconds / 3600),
+            "flops_per_step": float(f"{self.flops_per_step:.4g}"),
+            "chunks_with_neighbors": round(self.retrieving, 4),
+            "retrieval_adds": share_added(self.forward),
+            **utilization,
+            "measured_bytes": self.measured_memory,
+            "estimate": memory_report(self.memory, "estimated_bytes"),
+            "notes": "Evaluations, samples and checkpoints come on top of the hours.",
+        }
+
+
+def measure_training(
+    run: RunConfig,
+    *,
+    overwrite: bool = False,
+    seconds: float = 60.0,
+    progress: Callable[[Progress], None] | None = None,
+) -> RunPlan:
+    """Opens data and network as `train` does and times a few real steps; nothing is written.
+
+    Args:
+        run: As for `train`; `train.out` may be empty.
+        overwrite: As for `train`: what `train.out` holds does not count.
+        seconds: What timing may take, once everything is open; a single forward and backward pass may take longer.
+        progress: Called after every step.
+
+    Raises:
+        ConfigError: A setting that cannot work, or a folder that holds something else.
+        FormatError, MismatchError: Of the training data, or of what the folder holds.
+        TrainingError: Loss or gradient is not finite.
+    """
+    out = run.train.out
+    parts = setup(replace(run, train=replace(run.train, out=out or "unnamed.model")))
+    state = TrainingState()
+    if out and not overwrite:
+        state = _state_of(Path(out), parts) or state
+    on_gpu = parts.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(parts.device)
+    timing = _timed(parts, state, seconds, progress)
+    if on_gpu:
+        name = torch.cuda.get_device_name(parts.device)
+        used = torch.cuda.max_memory_allocated(parts.device)
+    else:
+        name = f"{parts.device} with {torch.get_num_threads()} threads"
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    bfloat16 = parts.dtype == torch.bfloat16
+    retrieving = _retrieving(parts, state)
+    return RunPlan(
+        run=parts.run,
+        device=f"{name}, {'bfloat16' if bfloat16 else 'float32'}",
+        parameters=parameter_counts(parts.run.model),
+        timing=timing,
+        steps_done=state.step,
+        retrieving=retrieving,
+        forward=mean_forward(parts.run, retrieving),
+        peak=device_peak_flops(name) if bfloat16 else None,
+        measured_memory=used,
+        memory=run_memory(parts.run, parts.run.train.micro_batch_size, bfloat16=bfloat16),
+    )
+
+
+def _state_of(out: Path, parts: Setup) -> TrainingState | None:
+    """What a folder holds of the run, read into the network; None where it holds nothing.
+
+    Raises:
+        ConfigError: It holds something else, as `artifact.begin` would say.
+    """
+    found = next((read_json(out / name) for name in (MANIFEST, UNFINISHED) if (out / name).is_file()), None)
+    if found is None:
+        return None
+    if not isinstance(found, dict) or found.get("kind") != KIND:
+        raise ConfigError(f"{out} holds something else than a model: choose another --out")
+    if differences := list(differing(found["recipe"], json.loads(json.dumps(parts.recipe)))):
+        raise ConfigError(
+            f"{out} was made or begun differently ({'; '.join(differences)}). Use the same settings to go on, "
+            "--overwrite to start again, or another --out"
+        )
+    return load_training(out, parts.model, parts.optimizer)
+
+
+def _timed(parts: Setup, state: TrainingState, seconds: float, progress: Callable[[Progress], None] | None) -> Timing:
+    """Two passes over a micro batch, the first of which prepares kernels and memory; then whole steps, where there is time."""
+    config = parts.run.train
+    deadline = time.monotonic() + seconds
+    sequence = state.sequence
+
+    def step(sequences: int) -> tuple[float, StepResult]:
+        nonlocal sequence
+        begun = time.monotonic()
+        batch = parts.batches.batch(sequence, sequences, neighbor_dropout=config.neighbor_dropout)
+        result = _step(parts, batch, config, state.step + 1)
+        if parts.device.type == "cuda":
+            torch.cuda.synchronize(parts.device)
+        took = time.monotonic() - begun
+        sequence += sequences
+        return took, result
+
+    step(config.micro_batch_size)
+    took, result = step(config.micro_batch_size)
+    if time.monotonic() + config.accumulation * took > deadline:
+        return Timing(
+            seconds=config.accumulation * took,
+            tokens=config.accumulation * result.tokens,
+            basis=f"one micro batch of {config.micro_batch_size} sequences, times {config.accumulation}",
+            loss_nats=result.loss_nats,
+        )
+    times: list[float] = []
+    tokens = 0
+    while not times or (len(times) < MAX_STEPS and time.monotonic() + times[-1] < deadline):
+        took, result = step(config.batch_size)
+        times.append(took)
+        tokens += result.tokens
+        if progress is not None:
+            progress(Progress(len(times), MAX_STEPS, result.loss_nats, tokens / sum(times)))
+    return Timing(
+        seconds=sum(times) / len(times),
+        tokens=tokens / len(times),
+        basis=f"{len(times)} steps",
+        loss_nats=result.loss_nats,
+    )
+
+
+def _step(parts: Setup, batch: Batch, config: TrainConfig, number: int) -> StepResult:
+    return train_step(
+        parts.model,
+        parts.optimizer,
+        batch,
+        micro_batch_size=config.micro_batch_size,
+        rate=learning_rate(config, number),
+        grad_clip=config.grad_clip,
+        dtype=parts.dtype,
+    )
+
+
+def _retrieving(parts: Setup, state: TrainingState) -> float:
+    """Share of the chunks that have neighbors, looked up in the next sequences, those that drop them included."""
+    config = parts.run.train
+    batch = parts.batches.batch(state.sequence, min(config.batch_size, 256))
+    if batch.keep_BLKR is None:
+        return 0.0
+    return (1 - config.neighbor_dropout) * float(batch.keep_BLKR.flatten(2).any(dim=2).float().mean())
