@@ -351,7 +351,7 @@ class Continuation:
     keep_BT: Tensor
     slot_BT: Tensor
     first_B: Tensor
-    """The first of the L chunks: the unfinished one, or a later one where a row without tokens begins there; 0 in a new cache."""
+    """The first of the L chunks: the unfinished one, or that of a new row's first token; 0 for a grid."""
     next_B: Tensor
     """Each row's next slot after these columns."""
     neighbors_BLKR: Tensor | None
@@ -392,8 +392,7 @@ class Continuation:
             if slot_BT is None:
                 slot_BT = chunk.slot_B[:, None] + keep_BT.cumsum(1) - 1
             next_B = torch.where(keep_BT, slot_BT + 1, chunk.slot_B[:, None]).amax(dim=1)
-            if not fresh:
-                first_B = torch.where(keep_BT, slot_BT, next_B[:, None]).amin(dim=1) // model.chunk_len
+            first_B = torch.where(keep_BT, slot_BT, next_B[:, None]).amin(dim=1) // model.chunk_len
         slot_BT = slot_BT.masked_fill(~keep_BT, 0)
         return cls(model, chunk, keep_BT, slot_BT, first_B, next_B, neighbors_BLKR, keep_BLKR, cache)
 

@@ -294,8 +294,8 @@ class Retro(nn.Module):
             keep_BT: True where a column holds a token. Default: everywhere.
             document_BL: Which document each chunk belongs to; equal numbers mean the same document. Default: one a row.
             neighbors_BLKR: Token ids of each chunk's neighbors; any value where `keep_BLKR` is False. None turns retrieval off: no
-                encoder, no CCA. With a cache, L counts from each row's unfinished chunk on (for one column L is 1), and they are
-                used where this call finishes the chunk.
+                encoder, no CCA. With a cache, L counts from the chunk of each row's first slot in this call on (for one column L is
+                1), and they are used where this call finishes the chunk.
             keep_BLKR: True where a neighbor has a token; all False means no neighbor.
             cache: Filled and extended. Rows whose `keep_BT` is False stay where they are.
             slot_BT: Slot of each column, rising in a row; any value where `keep_BT` is False. Default: with a new cache 0 to T - 1,

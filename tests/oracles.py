@@ -376,3 +376,48 @@ def decode_slots(
             one = slice(t, t + 1)
             parts.append(model.hidden(batch.inputs_BT[:, one], keep_BT=batch.keep_BT[:, one], cache=cache, **arguments))
     return torch.cat(parts, dim=1)
+
+
+def decode_ragged(model: Any, cache: Any, batch: Batch, generator: torch.Generator, longest: int) -> Tensor:
+    """Activations [B, T, D] of cached decoding in which every row goes on by a number of slots of its own at every call.
+
+    Args:
+        model: A `Retro` (or a mutated copy).
+        cache: An empty `Cache` of the same module.
+        batch: One document per row, with or without a lead. Zeros stand in the result where a row has no token.
+        generator: Draws how many slots each row takes: 0 (it waits) to `longest`.
+        longest: See above.
+    """
+    M = model.config.chunk_len
+    B, T = batch.inputs_BT.shape
+    slots = [torch.nonzero(batch.keep_BT[b])[:, 0].tolist() for b in range(B)]
+    done = [0] * B
+    result = torch.zeros(B, T, model.config.dim, dtype=model.embedding.weight.dtype)
+    while any(done[b] < len(slots[b]) for b in range(B)):
+        drawn = torch.randint(0, longest + 1, (B,), generator=generator).tolist()
+        taken = [slots[b][done[b] : done[b] + drawn[b]] for b in range(B)]
+        width = max(1, *map(len, taken))
+        columns = {name: torch.zeros(B, width, dtype=torch.long) for name in ("inputs_BT", "slot_BT")}
+        keep_BT = torch.zeros(B, width, dtype=torch.bool)
+        first_chunk = [0 if done[b] == len(slots[b]) else slots[b][done[b]] // M for b in range(B)]
+        L = max((row[-1] // M - chunk + 1 for row, chunk in zip(taken, first_chunk, strict=True) if row), default=1)
+        neighbors_BLKR = torch.zeros(B, L, *batch.neighbors_BLKR.shape[2:], dtype=torch.long)
+        keep_BLKR = torch.zeros_like(neighbors_BLKR, dtype=torch.bool)
+        for b, row in enumerate(taken):
+            # The columns of a row may lie anywhere: here at the right, as under left padding.
+            columns["inputs_BT"][b, width - len(row) :] = batch.inputs_BT[b, row]
+            columns["slot_BT"][b, width - len(row) :] = torch.tensor(row, dtype=torch.long)
+            keep_BT[b, width - len(row) :] = True
+            there = slice(first_chunk[b], min(first_chunk[b] + L, T // M))
+            neighbors_BLKR[b, : there.stop - there.start] = batch.neighbors_BLKR[b, there]
+            keep_BLKR[b, : there.stop - there.start] = batch.keep_BLKR[b, there]
+        if all(done):
+            del columns["slot_BT"]  # every row goes on where it stands
+        done = [number + len(row) for number, row in zip(done, taken, strict=True)]
+        with torch.no_grad():
+            hidden_BTD = model.hidden(
+                **columns, keep_BT=keep_BT, neighbors_BLKR=neighbors_BLKR, keep_BLKR=keep_BLKR, cache=cache
+            )
+        for b, row in enumerate(taken):
+            result[b, row] = hidden_BTD[b, width - len(row) :]
+    return result

@@ -1,16 +1,18 @@
 """Cached decoding, slot by slot, equals the full forward pass at every position."""
 
+import copy
 import dataclasses
 from typing import Any
 
 import oracles
 import pytest
 import torch
-from oracles import Batch, Oracle, assert_same, decode_slots, make_batch, prompt_batch, tiny_config
+from oracles import Batch, Oracle, assert_same, decode_ragged, decode_slots, make_batch, prompt_batch, tiny_config
 from torch import Tensor
 
 from retro.cca import Cache
 from retro.config import ModelConfig
+from retro.errors import ConfigError
 from retro.model import Retro
 
 L = 8
@@ -240,3 +242,106 @@ def test_neighbors_are_encoded_once_per_chunk_that_has_some() -> None:
     model.encoder.register_forward_pre_hook(lambda _, arguments: read.append(len(arguments[0])))
     decode_slots(model, Cache(), batch, 2)
     assert read == [2, 1, 1]
+
+
+@pytest.mark.parametrize("positions", ["rotary", "relative"])
+@pytest.mark.parametrize("longest", [1, 3, 9, 40])
+def test_rows_that_go_on_by_steps_of_their_own_equal_the_full_forward_pass(longest: int, positions: str) -> None:
+    """Prompts of any length, several columns at once, rows at different places of their chunks, rows that wait."""
+    config = tiny_config(num_layers=3, cca_layers=(1, 3), positions=positions)
+    model = make_model(config)
+    batch = prompt_batch(config)
+    batch.keep_BLKR[1, 0] = False  # an empty chunk has no neighbors
+    for seed in range(3):
+        ragged_BTD = decode_ragged(model, Cache(), batch, torch.Generator().manual_seed(seed), longest)
+        assert_same(ragged_BTD[batch.keep_BT], full_forward(model, batch)[batch.keep_BT])
+
+
+def test_rows_can_be_selected_repeated_and_joined_by_rows_of_another_cache() -> None:
+    config = tiny_config()
+    M = config.chunk_len
+    model = make_model(config)
+    batch = prompt_batch(config)
+    full_BTD = full_forward(model, batch)
+
+    def begun(rows: list[int], end: int) -> Cache:
+        cache = Cache()
+        with torch.no_grad():
+            model.hidden(
+                batch.inputs_BT[rows, :end],
+                keep_BT=batch.keep_BT[rows, :end],
+                neighbors_BLKR=batch.neighbors_BLKR[rows, : end // M],
+                keep_BLKR=batch.keep_BLKR[rows, : end // M],
+                cache=cache,
+            )
+        return cache
+
+    ends = {2: 2 * M, 0: 5 * M, 3: M}
+    cache = begun([0, 2], 2 * M)
+    cache.select(torch.tensor([1, 1]))
+    cache.join(begun([0], 5 * M))
+    cache.join(begun([3], M))
+    cache.select(torch.tensor([0, 2, 3]))
+    for step in range(2 * M):
+        slots = [end + step for end in ends.values()]
+        rows = list(ends)
+        with torch.no_grad():
+            hidden_BTD = model.hidden(
+                batch.inputs_BT[rows, slots][:, None],
+                keep_BT=batch.keep_BT[rows, slots][:, None],
+                neighbors_BLKR=batch.neighbors_BLKR[rows, [s // M for s in slots]][:, None],
+                keep_BLKR=batch.keep_BLKR[rows, [s // M for s in slots]][:, None],
+                cache=cache,
+            )
+        assert batch.keep_BT[rows, slots].all()
+        assert_same(hidden_BTD[:, 0], full_BTD[rows, slots])
+
+
+def test_a_join_with_an_empty_cache_and_with_rows_without_neighbors() -> None:
+    config = tiny_config()
+    M = config.chunk_len
+    model = make_model(config)
+    batch = make_batch(config, [[(0, 3 * M)]] * 2, [[[5, 5], [5, 5], [5, 5]], [[0, 0]] * 3], R=5)
+    full_BTD = full_forward(model, batch)
+    caches = []
+    for row in range(2):
+        cache = Cache()
+        with torch.no_grad():
+            model.hidden(
+                batch.inputs_BT[row : row + 1, : 2 * M],
+                neighbors_BLKR=batch.neighbors_BLKR[row : row + 1, :2] if row == 0 else None,
+                keep_BLKR=batch.keep_BLKR[row : row + 1, :2] if row == 0 else None,
+                cache=cache,
+            )
+        caches.append(cache)
+    for order in ([0, 1], [1, 0]):
+        joined = Cache()
+        for row in order:
+            joined.join(copy.deepcopy(caches[row]))
+        with torch.no_grad():
+            hidden_BTD = model.hidden(batch.inputs_BT[order, 2 * M : 2 * M + 1], cache=joined)
+        assert_same(hidden_BTD[:, 0], full_BTD[order, 2 * M])
+
+
+def test_slots_taken_back_can_be_filled_again_and_not_across_a_border() -> None:
+    config = tiny_config()
+    M = config.chunk_len
+    model = make_model(config)
+    batch = make_batch(config, [[(0, 4 * M)]], [[[5, 5]] * 4], R=5)
+    full_BTD = full_forward(model, batch)
+    near = {"neighbors_BLKR": batch.neighbors_BLKR[:, :2], "keep_BLKR": batch.keep_BLKR[:, :2]}
+    cache = Cache()
+    with torch.no_grad():
+        wrong = batch.inputs_BT.clone()
+        wrong[:, 2 * M :] = (wrong[:, 2 * M :] + 1) % config.vocab_size
+        model.hidden(wrong[:, : 3 * M - 1], cache=cache, **near)
+        cache.crop(M - 1, M)
+        rest_BTD = model.hidden(
+            batch.inputs_BT[:, 2 * M :],
+            cache=cache,
+            neighbors_BLKR=batch.neighbors_BLKR[:, 2:],
+            keep_BLKR=batch.keep_BLKR[:, 2:],
+        )
+    assert_same(rest_BTD, full_BTD[:, 2 * M :])
+    with pytest.raises(ConfigError, match="across a chunk border: row 0 holds 0 since its last one"):
+        cache.crop(1, M)

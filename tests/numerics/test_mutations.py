@@ -1,10 +1,11 @@
 """Deliberate mistakes in the network's source are caught by the comparison with the oracle.
 
-Each mutation is a replacement in the text of retro/model.py. When the text is no longer there, the test says so: the mutation
-is then to be written anew for the changed source, not dropped.
+Each mutation is a replacement in the text of retro/attention.py, cca.py and model.py, one after the other. When the text is no
+longer there, the test says so: the mutation is then to be written anew for the changed source, not dropped.
 """
 
 import dataclasses
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -13,66 +14,64 @@ from pathlib import Path
 import oracles
 import pytest
 import torch
-from oracles import Oracle, assert_same, decode_slots, prompt_batch, rich_batch, tiny_config
+from oracles import Oracle, assert_same, decode_ragged, decode_slots, prompt_batch, rich_batch, tiny_config
 
-import retro.model
+import retro
 
-SOURCE = Path(retro.model.__file__).read_text(encoding="utf-8")
+FILES = [Path(retro.__path__[0]) / name for name in ("attention.py", "cca.py", "model.py")]
+IMPORTS = re.compile(r"^from retro\.(attention|cca) import .*\n", re.MULTILINE)
+SOURCE = "\n".join(IMPORTS.sub("", path.read_text(encoding="utf-8")) for path in FILES)
 MUTANT = "retro_model_mutant"
 
 MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "the grid of CCA is shifted by M": [
         ("F.pad(normed_BTD, (0, 0, 1 - M, M - 1))", "F.pad(normed_BTD, (0, 0, -M, M))"),
-        ("F.pad(keep_BT, (1 - M, M - 1))", "F.pad(keep_BT, (-M, M))"),
-        ("F.pad(grid_BTD, (0, 0, M - 1, 1 - M))", "F.pad(grid_BTD, (0, 0, M, -M))"),
+        ("F.pad(self.keep_BT, (1 - M, M - 1))", "F.pad(self.keep_BT, (-M, M))"),
+        ("F.pad(grid_BTD.view(B, T, D), (0, 0, M - 1, 1 - M))", "F.pad(grid_BTD.view(B, T, D), (0, 0, M, -M))"),
     ],
     "the grid of CCA is not shifted: a chunk sees its own neighbors": [
         ("F.pad(normed_BTD, (0, 0, 1 - M, M - 1))", "normed_BTD"),
-        ("F.pad(keep_BT, (1 - M, M - 1))", "keep_BT"),
-        ("F.pad(grid_BTD, (0, 0, M - 1, 1 - M))", "grid_BTD"),
+        ("F.pad(self.keep_BT, (1 - M, M - 1))", "self.keep_BT"),
+        ("F.pad(grid_BTD.view(B, T, D), (0, 0, M - 1, 1 - M))", "grid_BTD.view(B, T, D)"),
     ],
     "self-attention crosses documents": [
-        ("document_BT[:, None, :, None] == document_BT[:, None, None, :]", "document_BT[:, None, None, :] >= 0"),
+        ("segment_BT[:, None, :, None] == segment_BT[:, None, None, :]", "segment_BT[:, None, None, :] >= 0"),
     ],
-    "self-attention sees the next token": [(".tril()", ".tril(1)")],
+    "self-attention sees the next token": [
+        ("dtype=torch.bool, device=segment_BT.device).tril()", "dtype=torch.bool, device=segment_BT.device).tril(1)")
+    ],
     "the next document's tokens see the neighbors": [("same_BL[..., None] | own_M", "same_BL[..., None] | True")],
     "a document's last token does not see its chunk's neighbors": [
         ("same_BL[..., None] | own_M", "same_BL[..., None]"),
     ],
     "the encoder's self-attention reads masked neighbor tokens": [
-        ("keep_P11R = keep_NKR.reshape(N * K, 1, 1, R)", "keep_P11R = keep_NKR.new_ones(N * K, 1, 1, R)"),
+        ("keep_PR[:, None, None, :]", "torch.ones_like(keep_PR)[:, None, None, :]"),
     ],
     "CCA reads masked neighbor tokens": [
-        ("self.near.keep_NKR.reshape(N, 1, 1, K * R)", "self.near.keep_NKR.new_ones(N, 1, 1, K * R)"),
+        ("keep_NS[:, None, None, :]", "torch.ones_like(keep_NS)[:, None, None, :]"),
     ],
     "masked neighbor tokens are not zeroed before the encoder": [
-        ("x_NKRE.reshape(N * K, R, E).masked_fill(~keep_PR1, 0.0)", "x_NKRE.reshape(N * K, R, E)"),
+        ("x_NKRE.reshape(N * K, R, E).masked_fill(~keep_PR[..., None], 0.0)", "x_NKRE.reshape(N * K, R, E)"),
     ],
     "H_u is masked but not zeroed where the chunk is empty": [
         ("hidden_NMD = hidden_NMD.masked_fill(~keep_NM[..., None], 0.0)", "pass"),
     ],
     "the encoder reads H_u where the chunk is empty": [
-        ("keep_N11M = keep_NM[:, None, None, :]", "keep_N11M = torch.ones_like(keep_NM)[:, None, None, :]"),
+        ("keep_NM[:, None, None, :]", "torch.ones_like(keep_NM)[:, None, None, :]"),
     ],
     "a query that sees nothing gets the mean of all values": [
         ("y_BHTC.masked_fill(empty_B1T1, 0.0)", "y_BHTC"),
     ],
     "the positions of CCA queries are shifted twice": [
-        ("torch.arange(M - 1, 2 * M - 1,", "torch.arange(2 * M - 2, 3 * M - 2,"),
+        ("Places.range(M - 1, 2 * M - 1, cca, like)", "Places.range(2 * M - 2, 3 * M - 2, cca, like)"),
     ],
     "positions in CCA run over the concatenated neighbors": [
-        (
-            "positions_S = torch.arange(R, device=like.device).repeat(K)",
-            "positions_S = torch.arange(K * R, device=like.device)",
-        ),
+        ("Places.range(0, R, cca, like, repeat=K)", "Places.range(0, K * R, cca, like)"),
     ],
     "positions of the encoder's cross-attention run over the concatenated neighbors": [
-        (
-            "queries = Rotation.at(torch.arange(R, device=device).repeat(K)",
-            "queries = Rotation.at(torch.arange(K * R, device=device)",
-        ),
+        ("Places.range(0, R, self.cross, x_PRE, repeat=K)", "Places.range(0, K * R, self.cross, x_PRE)"),
     ],
-    "the encoder does not look at the decoder": [("if layer.cross is not None:", "if False:")],
+    "the encoder does not look at the decoder": [("if self.cross is not None and", "if False and")],
     "the encoder looks at the next chunk": [
         (
             "hidden_NMD = x_BTD.view(B * L, M, D)[near.chunk_N]",
@@ -80,39 +79,48 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ),
     ],
     "the encoder looks at the decoder before self-attention": [
-        ("cca = self._begin_cca(x_BTD,", "cca = self._begin_cca(normed_BTD,"),
+        ("view.read(x_BTD)", "view.read(input_BTD)"),
+        ("x_BTD = x_BTD + view.self_attend", "input_BTD = x_BTD\n        x_BTD = x_BTD + view.self_attend"),
     ],
     "the encoder's final norm is left out": [
-        ("self.norm(x_PRE).masked_fill(~keep_PR1, 0.0)", "x_PRE.masked_fill(~keep_PR1, 0.0)"),
+        ("self.norm(x_PRE).masked_fill(", "x_PRE.masked_fill("),
     ],
     "norms ignore the configured epsilon": [("eps=config.norm_eps", "eps=1e-6")],
     "the loss is a mean": [('reduction="sum"', 'reduction="mean"')],
     "cached: CCA keys of an earlier chunk are kept past a border": [
-        ("cache.cca, cache.cca_keep_BS = [], None", "pass"),
+        ("chunk.keep_BS = keep_BS & ~ended_B[:, None]", "pass"),
     ],
-    "cached: the query's position ignores the shift": [
-        ("position = (cache.length + 1) % M + M - 1", "position = cache.length % M + M - 1"),
+    "cached: a row without new neighbors keeps those of the chunk before where other rows get new ones": [
+        ("base.masked_fill(ended_B.view(", "base.masked_fill(torch.zeros_like(ended_B).view("),
     ],
-    "cached: self-attention positions start again at every slot": [
-        ("torch.arange(start, start + T, device=device)", "torch.arange(T, device=device)"),
+    "cached: a query's position ignores the shift": [
+        ("Places.of((self.slot_BT + 1) % M + M - 1,", "Places.of(self.slot_BT % M + M - 1,"),
     ],
-    "cached: masked neighbor tokens are read": [
-        ("self.cache.cca_keep_BS & self.keep_B1", "torch.ones_like(self.cache.cca_keep_BS) & self.keep_B1"),
-    ],
-    "cached: the prompt's first chunk instead of its last gives the neighbors": [
-        ("last_N = self.near.chunk_N % L == L - 1", "last_N = self.near.chunk_N % L == 0"),
-    ],
-    "cached: the activations of the unfinished chunk are written one place too far": [
-        ("cache.hidden_BMD[:, place : place + 1] = x_B1D", "cache.hidden_BMD[:, (place + 1) % M] = x_B1D[:, 0]"),
-    ],
-    "cached: the unfinished chunk's empty slots are those of one slot before": [
+    "cached: self-attention positions start again at every call": [
         (
-            "cache.keep_BT[:, cache.length - M + 1 : cache.length + 1]",
-            "cache.keep_BT[:, cache.length - M : cache.length]",
+            "self.places = Places.of(self.slot_BT, 0, high",
+            "self.places = Places.of(self.slot_BT - self.slot_BT, 0, high",
         ),
     ],
+    "cached: what a slot sees is not causal within a call": [(".tril(S - T)", ".tril(S)")],
+    "cached: the first finished chunk instead of the newest gives the neighbors": [
+        ("near.chunk_N % L == done_B[row_N] - 1", "near.chunk_N % L == 0"),
+    ],
+    "cached: the activations of the unfinished chunk are written one place too far": [
+        ("scatter(1, place_BT[..., None]", "scatter(1, ((place_BT + 1) % (L * M))[..., None]"),
+    ],
+    "cached: slots are columns": [("keep_BT.cumsum(1) - 1", "torch.arange(T)")],
+    "cached: empty slots of the unfinished chunk are read": [
+        ("keep.reshape(B * L, M)[near.chunk_N]", "torch.ones_like(keep).reshape(B * L, M)[near.chunk_N]"),
+    ],
     "cached: empty slots of the prompt are attended to": [
-        ("cache.append_keep(keep_BT)", "cache.append_keep(torch.ones_like(keep_BT))"),
+        (
+            "self.cache.keep_BT[:, None, None, :] & self.keep_BT",
+            "torch.ones_like(self.cache.keep_BT)[:, None, None, :] & self.keep_BT",
+        ),
+    ],
+    "cached: the neighbors before a call are seen by the queries of its finished chunks": [
+        ("self.keep_BT & (owner_BT < 0)", "self.keep_BT"),
     ],
 }
 
@@ -165,9 +173,12 @@ def check(module: types.ModuleType) -> None:
     assert_same(encoded_NKRE, expected_NKRE)
 
     batch = prompt_batch(config, L=6)
+    batch.keep_BLKR[1, 0] = False  # an empty chunk has no neighbors
     for prompt_chunks in (1, 3):
         cached_BTD = decode_slots(model, module.Cache(), batch, prompt_chunks)
         assert_same(cached_BTD[batch.keep_BT], oracle.hidden(batch)[batch.keep_BT])
+    ragged_BTD = decode_ragged(model, module.Cache(), batch, torch.Generator().manual_seed(1), 2 * M + 1)
+    assert_same(ragged_BTD[batch.keep_BT], oracle.hidden(batch)[batch.keep_BT])
     # The same once more with a border at which no row has any neighbor.
     keep_BLKR = batch.keep_BLKR.clone()
     keep_BLKR[:, 3] = False
@@ -185,7 +196,7 @@ def test_an_unmutated_copy_of_the_network_passes(loaded: types.ModuleType) -> No
 def test_the_comparison_catches(mistake: str, loaded: types.ModuleType) -> None:
     source = SOURCE
     for old, new in MUTATIONS[mistake]:
-        assert old in source, f"retro/model.py no longer contains {old!r}: write this mutation anew"
+        assert old in source, f"the network no longer contains {old!r}: write this mutation anew"
         source = source.replace(old, new)
     exec(compile(source, MUTANT, "exec"), loaded.__dict__)
     with pytest.raises(AssertionError):
