@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from index_builder.cli import data, index_app, plan_app, tokenizer_app
-from retro.errors import RetroError
+from retro.errors import ConfigError, RetroError
 from retro.terminal import (
     SETTINGS,
     AsJson,
@@ -51,9 +51,21 @@ app.command("data")(data)
 def train(
     config: Annotated[Path | None, typer.Argument(help="TOML file with [model] and [train].")] = None,
     preset: Annotated[str | None, typer.Option(help="Start from a preset: tiny or small.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Training data; same as --set train.data=...")] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Training data; same as --set train.data=... Several are mixed.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the model; same as --set train.out=...")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.steps=100.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same as --set train.seed=...")] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files for TensorBoard, too.")] = False,
+    corpus: Annotated[
+        list[str] | None, typer.Option(help="Make the training data of this first (again: and of this).")
+    ] = None,
+    index: Annotated[Path | None, typer.Option(help="With --corpus: index that the neighbors come from.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="With --corpus: of the model; as in `retro data`.")] = None,
+    overfit_batch: Annotated[
+        bool, typer.Option("--overfit-batch", help="Only check that the model learns a few sequences by heart.")
+    ] = False,
     print_config: Annotated[bool, typer.Option(help="Print the resolved configuration and stop.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -63,20 +75,36 @@ def train(
     Example (a quick trial):
       retro train --preset tiny --data wiki.data --out wiki.model --set train.steps=20
     """
+    from retro.artifact import read_json
     from retro.config import config_to_dict, load_run_config
 
     overrides = list(set_ or [])
-    overrides += [f"train.data='{data}'"] if data is not None else []
+    listed = ",".join(f"'{folder}'" for folder in data or ())
+    overrides += [f"train.data=[{listed}]" if len(data or ()) > 1 else f"train.data={listed}"] if data else []
     overrides += [f"train.out='{out}'"] if out is not None else []
+    overrides += [f"train.seed={seed}"] if seed is not None else []
+    overrides += ["train.tensorboard=true"] if tensorboard else []
     run = load_run_config(config, overrides, preset=preset)
     if print_config:
         print_json(config_to_dict(run))
+        return
+    if corpus:
+        _make_training_data(run, corpus, index, tokenizer)
+    if overfit_batch:
+        from retro.overfit import overfit_batch as run_overfit
+
+        with train_bar() as progress:
+            first, last, steps = run_overfit(run, progress=progress)
+        typer.echo(
+            f"The loss of one batch fell from {first:.4f} to {last:.4f} nats in {steps} steps: the model learns."
+        )
         return
     from retro import train as training
 
     with train_bar() as progress:
         folder = training.train(run, overwrite=overwrite, progress=progress)
-    typer.echo(f"{folder}: trained for {run.train.steps:,} steps; losses in {folder / 'metrics.jsonl'} and loss.png")
+    steps = read_json(folder / "config.json")["training"]["steps"]
+    typer.echo(f"{folder}: trained for {steps:,} steps; losses in {folder / 'metrics.jsonl'} and loss.png")
 
 
 @app.command("generate")
@@ -267,6 +295,32 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("Interrupted. What is finished is kept: run the same command again to go on.", err=True)
         sys.exit(130)
+
+
+def _make_training_data(run: Any, corpora: list[str], index: Path | None, tokenizer: str | None) -> None:
+    """Makes the folder `train.data` where it is missing or unfinished; a finished one must have been made by the same settings."""
+    from index_builder.config import DataConfig
+    from index_builder.neighbors import build_training_data
+    from index_builder.search import IndexRetriever
+    from retro.tokenizer import Tokenizer
+
+    folders = run.train.folders
+    if index is None or tokenizer is None or len(folders) != 1 or not folders[0]:
+        raise ConfigError(
+            "--corpus needs --index, --tokenizer and one folder for the training data, as in --data wiki.data"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--corpus works without torchrun: make the training data first, with `retro data`")
+    lengths = {"chunk_len": run.model.chunk_len, "neighbor_len": max(run.train.neighbor_len, DataConfig().neighbor_len)}
+    with bars() as progress:
+        build_training_data(
+            corpora,
+            Path(folders[0]),
+            tokenizer=Tokenizer.load(tokenizer),
+            retriever=IndexRetriever.open(index, device=resolve_devices(run.train.device)),
+            config=DataConfig(num_neighbors=run.train.num_neighbors, **lengths),
+            progress=progress,
+        )
 
 
 def _open_model(model: Path, index: Path | None, device: str, method: str, where: str | None) -> tuple[Any, Any, Any]:

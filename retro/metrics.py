@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from retro.artifact import read_json, storage_error, write_atomically, write_json
-from retro.errors import DependencyError
+from retro.errors import ConfigError, DependencyError
 
 METRICS, PLOT, TENSORBOARD, WANDB = "metrics.jsonl", "loss.png", "tensorboard", "wandb.json"
 _CURVES = {
@@ -189,9 +189,14 @@ class _Wandb:
         known = read_json(path) if path.is_file() else {}
         is_new = known.get("project") != project
         run_id = uuid.uuid4().hex[:16] if is_new else known["id"]
-        self._run = _imported("wandb").init(
-            project=project, id=run_id, name=folder.name, resume="allow", config=settings
-        )
+        wandb = _imported("wandb")
+        try:
+            self._run = wandb.init(project=project, id=run_id, name=folder.name, resume="allow", config=settings)
+        except wandb.Error as error:
+            raise ConfigError(
+                f"Weights & Biases cannot be told the metrics: {error}. Log in with `wandb login`, set WANDB_MODE=offline, or "
+                "leave train.wandb_project empty"
+            ) from error
         write_json(path, {"project": project, "id": run_id})
         for record in before if is_new else ():
             self.tell(record)
