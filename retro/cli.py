@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from index_builder.cli import _show_report as show_report
 from index_builder.cli import data, index_app, plan_app, tokenizer_app
 from retro.errors import ConfigError, RetroError
 from retro.terminal import (
@@ -44,6 +45,32 @@ app.add_typer(plan_app, name="plan")
 app.command("data")(data)
 
 
+# --- plan ---------------------------------------------------------------------------------------------------------
+
+
+@plan_app.command("train")
+def plan_train(
+    flops: Annotated[float | None, typer.Option(help="The budget, as in 1e21; or")] = None,
+    hours: Annotated[float | None, typer.Option(help="hours of the GPUs.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Which, as in h200, h100, a100, l4 or rtx-4090.")] = None,
+    gpus: Annotated[int, typer.Option(help="How many of them train together.")] = 1,
+    utilization: Annotated[float, typer.Option("--mfu", help="Share of the peak that is reached.")] = 0.4,
+    preset: Annotated[str | None, typer.Option(help="Plan this one [the nearest to the optimum].")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a budget of training is best spent on, and what it buys of a preset.
+
+    \b
+    Examples:
+      retro plan train --flops 1e21
+      retro plan train --hours 24 --gpu h200 --gpus 8 --preset base
+    """
+    from retro.plan import plan_training
+
+    plan = plan_training(flops=flops, hours=hours, gpu=gpu, gpus=gpus, utilization=utilization, preset=preset)
+    show_report(plan.report(), as_json)
+
+
 # --- train, generate, ask -----------------------------------------------------------------------------------------
 
 
@@ -67,7 +94,11 @@ def train(
         bool, typer.Option("--overfit-batch", help="Only check that the model learns a few sequences by heart.")
     ] = False,
     print_config: Annotated[bool, typer.Option(help="Print the resolved configuration and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Time a few steps, print what the run takes, and write nothing.")
+    ] = False,
     overwrite: Overwrite = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
 ) -> None:
     """Train a model; run again, an interrupted training goes on exactly.
 
@@ -87,6 +118,13 @@ def train(
     run = load_run_config(config, overrides, preset=preset)
     if print_config:
         print_json(config_to_dict(run))
+        return
+    if dry_run:
+        from retro.dry_run import measure_training
+
+        with train_bar() as progress:
+            report = measure_training(run, overwrite=overwrite, progress=progress).report()
+        show_report(report, as_json)
         return
     if corpus:
         _make_training_data(run, corpus, index, tokenizer)
