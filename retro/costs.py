@@ -244,7 +244,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """At most: gradients and activations need not be largest at the same time."""
+        """Of a step of several micro batches; with a single one, gradients are not there yet when activations are most."""
         return self.weights + self.gradients + self.optimizer + self.copies + self.activations + self.logits
 
 
