@@ -95,6 +95,58 @@ def neighbor_tensors(
     return neighbors_BLKR, keep_BLKR
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lookup:
+    """Finds the neighbors of chunks by their text."""
+
+    tokenizer: Tokenizer
+    retriever: Retriever
+    num_neighbors: int
+    """K."""
+    neighbor_len: int
+    """R."""
+
+    def passages(self, chunks: Sequence[tuple[list[int], int, int]]) -> list[list[Passage] | None]:
+        """Passages of some chunks, in one search; None for a chunk without text, which is not looked up.
+
+        Args:
+            chunks: Of each, the tokens of its row and which part of them it is: `ids[first:end]`, as `Tokenizer.decode_chunk` takes
+                them.
+        """
+        texts = [self.tokenizer.decode_chunk(*chunk) for chunk in chunks]
+        queries = list(dict.fromkeys(text for text in texts if text.strip()))
+        found = self.retriever.retrieve(queries, self.num_neighbors) if queries else []
+        passages = dict(zip(queries, found, strict=True))
+        return [passages.get(text) for text in texts]
+
+    def neighbors(
+        self, ids: Sequence[list[int]], lead: Sequence[int], before: Sequence[int], chunk_len: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Neighbors of the chunks that rows finish by new tokens.
+
+        Args:
+            ids: All tokens of each row.
+            lead: Empty slots before each row's first token.
+            before: How many tokens each row had before.
+            chunk_len: M.
+
+        Returns:
+            Ids and keep [B, L, K, R], on the CPU, where L counts from each row's unfinished chunk on, as `Retro.hidden` takes them;
+            None where no chunk is finished.
+        """
+        chunks: list[tuple[list[int], int, int]] = []
+        counts: list[int] = []
+        for row, start, old in zip(ids, lead, before, strict=True):
+            numbers = range((start + old) // chunk_len, (start + len(row)) // chunk_len)
+            chunks += [(row, max(c * chunk_len - start, 0), (c + 1) * chunk_len - start) for c in numbers]
+            counts.append(len(numbers))
+        if not chunks:
+            return None
+        found = iter(self.passages(chunks))
+        texts = [[[passage.full_text for passage in next(found) or []] for _ in range(count)] for count in counts]
+        return neighbor_tensors(texts, self.tokenizer, self.num_neighbors, self.neighbor_len)
+
+
 def generate(
     model: Retro,
     tokenizer: Tokenizer,
@@ -154,7 +206,15 @@ class _Decoding:
         on_token: Callable[[int, str], None] | None,
     ) -> None:
         self.model, self.tokenizer, self.prompts, self.config = model, tokenizer, prompts, config
-        self.retriever, self.on_token = retriever, on_token
+        self.on_token = on_token
+        self.lookup = None
+        if retriever is not None and config.num_neighbors > 0:
+            self.lookup = Lookup(
+                tokenizer=tokenizer,
+                retriever=retriever,
+                num_neighbors=config.num_neighbors,
+                neighbor_len=config.neighbor_len,
+            )
         self.device = model.embedding.weight.device
         self.ids = [list(p.ids) for p in prompts]
         self.done = [False] * len(prompts)
@@ -240,7 +300,8 @@ class _Decoding:
 
     def _neighbors(self, chunks: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Neighbors of some chunks of every row (by the row's own numbers; negative ones lie before its prompt)."""
-        wanted: list[tuple[int, int, str]] = []
+        wanted: list[tuple[int, int]] = []
+        spans: list[tuple[list[int], int, int]] = []
         texts: list[list[list[str]]] = [[[] for _ in row] for row in chunks]
         M = self.model.config.chunk_len
         for row, numbers in enumerate(chunks):
@@ -253,16 +314,14 @@ class _Decoding:
                     given = [c for c in passages if c == chunk or (c < chunk and chunk >= self.chunks[row])]
                     texts[row][place] = passages[max(given)] if given else []
                     continue
-                first, end = max(chunk * M - lead, 0), (chunk + 1) * M - lead
-                query = self.tokenizer.decode_chunk(self.ids[row], first, end)
-                if query.strip():
-                    wanted.append((row, place, query))
+                wanted.append((row, place))
+                spans.append((self.ids[row], max(chunk * M - lead, 0), (chunk + 1) * M - lead))
         if wanted:
-            assert self.retriever is not None
-            found = self.retriever.retrieve([query for *_, query in wanted], self.config.num_neighbors)
-            for (row, place, _), near in zip(wanted, found, strict=True):
-                texts[row][place] = [passage.full_text for passage in near]
-                self.results[row].retrieved[chunks[row][place]] = near
+            assert self.lookup is not None
+            for (row, place), near in zip(wanted, self.lookup.passages(spans), strict=True):
+                if near is not None:
+                    texts[row][place] = [passage.full_text for passage in near]
+                    self.results[row].retrieved[chunks[row][place]] = near
         K = max([self.config.num_neighbors, *(len(few) for row in texts for few in row)])
         neighbors, keep = neighbor_tensors(texts, self.tokenizer, K, self.config.neighbor_len)
         return neighbors.to(self.device), keep.to(self.device)
