@@ -154,6 +154,15 @@ class Attention(nn.Module):
         return x_BTI.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
 
 
+def causal_within(segment_BT: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """For flex attention: whether query q of row b may see key k."""
+
+    def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (segment_BT[b, q] == segment_BT[b, k])
+
+    return visible
+
+
 class CausalMask(NamedTuple):
     """Which slot of a sequence may see which: those of the same segment that are not later."""
 
@@ -174,11 +183,8 @@ class CausalMask(NamedTuple):
         """
         B, T = segment_BT.shape
         if segment_BT.is_cuda and not dense:
-
-            def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                return (q >= k) & (segment_BT[b, q] == segment_BT[b, k])
-
-            return cls(None, create_block_mask(visible, B, None, T, T, device=segment_BT.device))
+            block = create_block_mask(causal_within(segment_BT), B, None, T, T, device=segment_BT.device)
+            return cls(None, block)
         if not dense and not torch.compiler.is_compiling() and bool((segment_BT == segment_BT[:, :1]).all()):
             return cls(None, None)
         causal_TT = torch.ones(T, T, dtype=torch.bool, device=segment_BT.device).tril()

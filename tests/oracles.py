@@ -74,7 +74,9 @@ class Oracle:
             neighbors: Of each neighbor, the places of its tokens and their embeddings.
             chunk: The places of the chunk's tokens and the decoder's activations H_u there.
         """
-        context = [(i, self._norm("encoder.layers.0.context_norm", h_D)) for i, h_D in chunk]
+        context = []
+        if self.config.encoder_conditioned:
+            context = [(i, self._norm("encoder.layers.0.context_norm", h_D)) for i, h_D in chunk]
         return [self._encode_one(neighbor, context) for neighbor in neighbors]
 
     def cca(self, prefix: str, place: int, normed_D: FloatArray, encoded: Sequence[Sequence[Placed]]) -> FloatArray:
@@ -138,7 +140,7 @@ class Oracle:
             for r, normed_E in normed:
                 x[r] = x[r] + self._attention(f"{prefix}.attention", (r, normed_E), normed, heads, width)
             for r in places:
-                if index == 0:
+                if index == 0 and config.encoder_conditioned:
                     query = (r, self._norm(f"{prefix}.cross_norm", x[r]))
                     x[r] = x[r] + self._attention(f"{prefix}.cross", query, context, heads, width)
                 x[r] = x[r] + self._feed_forward(f"{prefix}.ffw", self._norm(f"{prefix}.ffw_norm", x[r]))
@@ -147,14 +149,20 @@ class Oracle:
     def _attention(self, prefix: str, query: Placed, context: Sequence[Placed], heads: int, width: int) -> FloatArray:
         """Attention of one query to some places; zero where there is none."""
         position, x_D = query
+        rotary = self.config.positions == "rotary" and (self.config.cca_positions or ".cca" not in prefix)
         q_I = self.weights[f"{prefix}.q.weight"] @ x_D
         merged_I = np.zeros(heads * width)
         for head in range(heads if context else 0):
             part = slice(head * width, (head + 1) * width)
-            q_C = self._rotate(q_I[part], position)
+            q_C = self._rotate(q_I[part], position) if rotary else q_I[part]
             scores, values = [], []
             for place, c_D in context:
-                k_C = self._rotate(self.weights[f"{prefix}.k.weight"][part] @ c_D, place)
+                k_C = self.weights[f"{prefix}.k.weight"][part] @ c_D
+                k_C = self._rotate(k_C, place) if rotary else k_C
+                if f"{prefix}.distance.weight" in self.weights:
+                    k_C = k_C + self.weights[f"{prefix}.distance.weight"][part] @ self._sinusoid(
+                        position - place, len(x_D)
+                    )
                 scores.append(float(q_C @ k_C) / math.sqrt(width))
                 values.append(self.weights[f"{prefix}.v.weight"][part] @ c_D)
             highest = max(scores)
@@ -173,6 +181,11 @@ class Oracle:
             turned_C[j] = x_C[j] * math.cos(angle) - x_C[j + half] * math.sin(angle)
             turned_C[j + half] = x_C[j] * math.sin(angle) + x_C[j + half] * math.cos(angle)
         return turned_C
+
+    def _sinusoid(self, distance: int, width: int) -> FloatArray:
+        """Sines of all frequencies, then cosines."""
+        angles = [distance * self.config.rope_base ** (-2 * j / width) for j in range((width + 1) // 2)]
+        return np.array([*map(math.sin, angles), *map(math.cos, angles)][:width])
 
     def _norm(self, name: str, x_D: FloatArray) -> FloatArray:
         mean_square = math.fsum(float(value) ** 2 for value in x_D) / len(x_D)

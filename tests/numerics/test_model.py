@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import Batch, Oracle, assert_same, make_batch, rich_batch, tiny_config, varied_lengths
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from retro.attention import attend
+from retro.attention import CausalMask, attend, causal_within
 from retro.cca import Neighborhood
-from retro.config import ModelConfig
+from retro.config import PRESETS, ModelConfig
 from retro.model import Retro
 
 
@@ -52,8 +53,25 @@ def assert_equals_oracle(config: ModelConfig, batch: Batch, seed: int = 0) -> No
         {"tie_embeddings": True, "encoder_dim": 8, "cca_layers": (1, 3), "encoder_layers": 2},
         {"chunk_len": 6, "num_layers": 2, "cca_layers": (1,), "encoder_layers": 2},
         {"chunk_len": 2, "cca_layers": (1, 2)},
+        {"positions": "relative"},
+        {"positions": "relative", "tie_embeddings": True, "dim": 9, "encoder_dim": 9, "cca_layers": (1, 3)},
+        {"positions": "relative", "cca_positions": False},
+        {"cca_positions": False},
+        {"encoder_conditioned": False},
     ],
-    ids=["2-of-2", "1-3-of-3", "2-3-4-of-4", "tied", "chunks-of-6", "chunks-of-2"],
+    ids=[
+        "2-of-2",
+        "1-3-of-3",
+        "2-3-4-of-4",
+        "tied",
+        "chunks-of-6",
+        "chunks-of-2",
+        "relative",
+        "relative-odd-width",
+        "relative-none-in-cca",
+        "rotary-none-in-cca",
+        "encoder-alone",
+    ],
 )
 def test_hidden_logits_and_loss_equal_the_oracle(changes: dict[str, Any], K: int) -> None:
     config = tiny_config(**changes)
@@ -652,3 +670,108 @@ def test_tied_models_have_one_table_and_untied_ones_three() -> None:
         "encoder_embedding.weight",
         "head.weight",
     ]
+
+
+# Other ways to compute the same
+
+
+@pytest.mark.parametrize("positions", ["rotary", "relative"])
+def test_checkpointed_activations_give_the_same_gradients(positions: str) -> None:
+    config = tiny_config(positions=positions)
+    batch = rich_batch(config)
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model(config)
+        if checkpointing:
+            model.checkpoint_activations()
+        model(**batch.arguments(), targets_BT=batch.targets_BT, loss_BT=batch.loss_BT).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        assert expected is not None
+        assert expected.abs().max() > 0, name
+        torch.testing.assert_close(gradients[1][name], expected, rtol=0, atol=0)
+
+
+def test_checkpointing_keeps_fewer_activations() -> None:
+    config = tiny_config(num_layers=6)
+    batch = rich_batch(config)
+    kept = []
+    for checkpointing in (False, True):
+        model = make_model(config)
+        if checkpointing:
+            model.checkpoint_activations()
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(**batch.arguments(), targets_BT=batch.targets_BT, loss_BT=batch.loss_BT)
+        kept.append(sum(sizes.values()))
+    assert kept[1] < 0.5 * kept[0]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_sees_what_the_dense_mask_says() -> None:
+    """On CUDA flex attention takes the place of the mask; here it runs without being compiled."""
+    generator = torch.Generator().manual_seed(0)
+    B, H, T, C = 2, 3, 24, 8
+    segment_BT = torch.tensor([[0] * 10 + [7] * 9 + [-1] * 5, [-1] * 3 + [1] * 21])
+    q, k, v = (torch.randn(B, H, T, C, generator=generator, dtype=torch.float64) for _ in range(3))
+    dense = CausalMask.of(segment_BT, dense=True)
+    block = create_block_mask(causal_within(segment_BT), B, None, T, T, device="cpu")
+    flex_BHTC = flex_attention(q, k, v, block_mask=block)
+    assert isinstance(flex_BHTC, Tensor)
+    assert_same(flex_BHTC, dense.attend(q, k, v, None))
+    one_segment = CausalMask.of(torch.zeros(B, T, dtype=torch.long), dense=False)
+    assert one_segment == (None, None)
+    assert_same(one_segment.attend(q, k, v, None), CausalMask.of(torch.zeros(B, T), dense=True).attend(q, k, v, None))
+
+
+@pytest.mark.parametrize("retrieval", [True, False])
+@pytest.mark.parametrize("positions", ["rotary", "relative"])
+def test_a_compiled_step_is_one_graph_and_the_same(positions: str, retrieval: bool) -> None:
+    config = tiny_config(positions=positions)
+    batch = rich_batch(config)
+    arguments = batch.arguments()
+    if not retrieval:
+        arguments |= {"neighbors_BLKR": None, "keep_BLKR": None}
+    losses, gradients = [], []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = make_model(config)
+        step = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        loss = step(**arguments, targets_BT=batch.targets_BT, loss_BT=batch.loss_BT)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert_same(losses[1], losses[0])
+    for name, expected in gradients[0].items():
+        if expected is not None:
+            torch.testing.assert_close(gradients[1][name], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("baseline-132m", 132.1),
+        ("baseline-368m", 368.1),
+        ("baseline-1.3b", 1308.6),
+        ("baseline-7b", 6979.3),
+        ("retro-172m", 172.5),
+        ("retro-425m", 425.5),
+        ("retro-1.5b", 1451.4),
+        ("retro-7.5b", 7531.5),
+    ],
+)
+def test_the_papers_networks_have_the_papers_numbers_of_parameters(name: str, millions: float) -> None:
+    """Matrices without embeddings; the norms' scales, which the paper does not count, are less than 0.02% of them."""
+    with torch.device("meta"):
+        model = Retro(PRESETS[name].model)
+    tables = ("embedding.", "encoder_embedding.", "head.")
+    own = {n: p for n, p in model.named_parameters() if not n.startswith(tables)}
+    matrices = sum(p.numel() for p in own.values() if p.ndim == 2)
+    assert all(p.is_meta for p in own.values())
+    assert round(matrices / 1e6, 1) == millions
+    assert sum(p.numel() for p in own.values()) < matrices * 1.0003
