@@ -4,6 +4,7 @@ Letters as in model.py. A FLOP is one addition or one multiplication, so a produ
 products alone are counted; everything else is a few thousandths of them.
 """
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ class Parameters:
         return self.matrices + self.embeddings + self.head + self.vectors
 
 
+@functools.cache
 def parameter_counts(config: ModelConfig) -> Parameters:
     """Counts the network's own tensors, on the meta device: no memory is used.
 

@@ -140,7 +140,12 @@ def measure_training(
         forward=mean_forward(parts.run, retrieving),
         peak=device_peak_flops(name) if bfloat16 else None,
         measured_memory=used,
-        memory=run_memory(parts.run, parts.run.train.micro_batch_size, bfloat16=bfloat16),
+        memory=run_memory(
+            parts.run,
+            parts.run.train.micro_batch_size,
+            bfloat16=bfloat16,
+            checkpointing=parts.model.checkpointing,
+        ),
     )
 
 
