@@ -148,7 +148,7 @@ class TrainConfig:
     patience: int = 0
     """Evaluations in a row without a lower validation loss (retrieval on) after which training stops; 0 never stops early."""
     keep_best: bool = False
-    """The finished model has the weights of the lowest validation loss, not the last ones; so it has, too, where `patience` is set."""
+    """The finished model has the weights of the lowest validation loss, not the last ones. `patience` implies it."""
     sample_tokens: int = 64
     """Tokens by which a validation document is continued at every evaluation, for samples.jsonl; 0 writes none."""
     save_every: int = 200
@@ -213,6 +213,11 @@ class TrainConfig:
         for name in ("neighbor_dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: give a number of at least 0 and below 1")
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the finished model has the weights of the lowest validation loss."""
+        return self.keep_best or self.patience > 0
 
     @property
     def folders(self) -> tuple[str, ...]:
