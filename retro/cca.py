@@ -291,6 +291,21 @@ class Cache:
         self.at_BT = None if self.at_BT is None else self.at_BT[index_B]
         if self.chunk is not None:
             self.chunk.select(index_B)
+        self._trim()
+
+    def _trim(self) -> None:
+        """Drops the columns in front that no row uses any more."""
+        if self.keep_BT is None or self.at_BT is None or self.full:
+            return
+        used_T = self.keep_BT.any(dim=0)
+        start = int(used_T.int().argmax())
+        if start:
+            self.keys_values = [
+                (k[:, :, start : self.length], v[:, :, start : self.length]) for k, v in self.keys_values
+            ]
+            self.keep_BT, self.at_BT = self.keep_BT[:, start:], self.at_BT[:, start:]
+            self.length -= start
+        self.full = bool(self.keep_BT.all())
 
     def join(self, other: "Cache") -> None:
         """Adds the rows of another cache of the same network below; the shorter one gets empty columns in front."""

@@ -1,6 +1,8 @@
 """Generation: cached decoding that retrieves at every chunk border, and the protocol a retriever fulfils."""
 
+import functools
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -187,144 +189,231 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
-            return _Decoding(model, tokenizer, full, config, retriever, on_token).run()
+        with Decoder(model, tokenizer, retriever) as decoder:
+            for number, prompt in enumerate(full):
+                decoder.add(prompt, config, None if on_token is None else functools.partial(on_token, number))
+            rows = list(decoder.rows)
+            while decoder.rows:
+                decoder.step()
     finally:
         model.train(was_training)
+    return [row.result for row in rows]
 
 
-class _Decoding:
-    """One batch on its way. All rows end their prompts at the same slot, so that their chunk borders coincide."""
+@dataclass(slots=True, eq=False)
+class Row:
+    """A prompt on its way."""
 
-    def __init__(
-        self,
-        model: Retro,
-        tokenizer: Tokenizer,
-        prompts: list[Prompt],
-        config: GenerateConfig,
-        retriever: Retriever | None,
-        on_token: Callable[[int, str], None] | None,
-    ) -> None:
-        self.model, self.tokenizer, self.prompts, self.config = model, tokenizer, prompts, config
-        self.on_token = on_token
-        self.lookup = None
-        if retriever is not None and config.num_neighbors > 0:
-            self.lookup = Lookup(
-                tokenizer=tokenizer,
-                retriever=retriever,
-                num_neighbors=config.num_neighbors,
-                neighbor_len=config.neighbor_len,
-            )
-        self.device = model.embedding.weight.device
-        self.ids = [list(p.ids) for p in prompts]
-        self.done = [False] * len(prompts)
-        self.results = [Generation("", [], [], False) for _ in prompts]
-        self.generators = [torch.Generator().manual_seed(config.seed) for _ in prompts]
-        M = model.config.chunk_len
-        self.chunks = [-(-len(p.ids) // M) for p in prompts]
-        """Chunks of each prompt, lead included."""
-        self.start = max(self.chunks) * M
-        """Slot at which generation begins; row b's own chunk 0 begins at slot start - chunks[b] * M."""
+    prompt: Prompt
+    config: GenerateConfig
+    on_text: Callable[[str], None] | None
+    generator: torch.Generator
+    ids: list[int]
+    """All tokens so far; the network has seen all but the last, and of a new row none."""
+    lead: int
+    """Empty slots before the first token, so that the prompt ends on a chunk border."""
+    result: Generation = field(default_factory=lambda: Generation("", [], [], False))
+    search: "Future[list[list[Passage] | None]] | None" = None
+    """Of the neighbors that the next call needs."""
+    first_result: int = 0
+    """Where the row's passages begin in the result of the search, which may be for several rows."""
 
-    def run(self) -> list[Generation]:
-        cache = Cache()
-        logits_BV = self._prefill(cache)
+    @property
+    def new(self) -> bool:
+        """Whether nothing is in the cache yet."""
+        return not self.result.ids
+
+    def ending(self, chunk_len: int) -> range:
+        """The chunks that the next call finishes."""
+        end = (self.lead + len(self.ids)) // chunk_len
+        return range(0 if self.new else (self.lead + len(self.ids) - 1) // chunk_len, end)
+
+
+class Decoder:
+    """Continues prompts that may come and go at any step.
+
+    Rows stand on grids of their own. Passages are looked up beside the decoding: a row that needs some waits, the others go on.
+    """
+
+    def __init__(self, model: Retro, tokenizer: Tokenizer, retriever: Retriever | None = None) -> None:
+        """Begins without any prompt.
+
+        Args:
+            model: In eval mode; runs where its weights are.
+            tokenizer: The model's.
+            retriever: Asked from a thread of its own.
+        """
+        self.model, self.tokenizer, self.retriever = model, tokenizer, retriever
+        self.rows: list[Row] = []
+        """Those that have not ended; the ones in the cache first, in its order."""
+        self._cache = Cache()
+        self._in_cache = 0
+        self._searcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retrieval")
+
+    def __enter__(self) -> "Decoder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the thread that searches; nothing may be asked of the decoder afterwards."""
+        self._searcher.shutdown(cancel_futures=True)
+
+    def add(self, prompt: Prompt, config: GenerateConfig, on_text: Callable[[str], None] | None = None) -> Row:
+        """Takes in a prompt that is not empty; its first token comes with one of the next steps.
+
+        Args:
+            prompt: See Prompt.
+            config: See GenerateConfig.
+            on_text: Called with each new piece of text.
+        """
+        lead = -len(prompt.ids) % self.model.config.chunk_len
+        row = Row(prompt, config, on_text, torch.Generator().manual_seed(config.seed), list(prompt.ids), lead)
+        self.rows.append(row)
+        return row
+
+    def remove(self, row: Row) -> None:
+        """Drops a row that has not ended."""
+        self._keep([other is not row for other in self.rows])
+
+    def step(self) -> list[Row]:
+        """Brings every row that need not wait for a search one token further, or new ones to their first.
+
+        Returns:
+            The rows that have ended by it: by EOS or by their greatest length. Their results are complete.
+        """
+        if not self.rows:
+            return []
+        self._begin_searches()
+        ready = [row.search is None or row.search.done() for row in self.rows]
+        if not any(ready):
+            wait([row.search for row in self.rows if row.search is not None], return_when=FIRST_COMPLETED)
+            ready = [row.search is None or row.search.done() for row in self.rows]
+        old, new = self.rows[: self._in_cache], self.rows[self._in_cache :]
+        begun = [row for row, is_ready in zip(new, ready[len(old) :], strict=True) if is_ready]
+        ended: list[Row] = []
+        with torch.inference_mode():
+            if any(ready[: len(old)]):
+                logits_BV = self._forward(old, ready[: len(old)], self._cache)
+                ended += self._choose(old, ready[: len(old)], logits_BV)
+            if begun:
+                cache = Cache()
+                logits_BV = self._forward(begun, [True] * len(begun), cache)
+                ended += self._choose(begun, [True] * len(begun), logits_BV)
+                self._cache.join(cache)
+                self._in_cache += len(begun)
+                self.rows = [*old, *begun, *(row for row in new if row not in begun)]
+            self._keep([row not in ended for row in self.rows])
+        return ended
+
+    def _begin_searches(self) -> None:
+        """Asks for the passages of all rows that finish a chunk with the next call: one search for each number of neighbors."""
         M = self.model.config.chunk_len
-        for step in range(self.config.max_new_tokens):
-            next_B = self._choose(logits_BV)
-            if all(self.done) or step + 1 == self.config.max_new_tokens:
-                break
-            slot = self.start + step
-            neighbors, keep = None, None
-            if slot % M == M - 1 and self.config.num_neighbors > 0:
-                neighbors, keep = self._neighbors([[chunk + (step + 1) // M - 1] for chunk in self.chunks])
-            logits_BTV = self.model(
-                next_B[:, None].to(self.device), neighbors_BLKR=neighbors, keep_BLKR=keep, cache=cache
-            )
-            logits_BV = logits_BTV[:, -1]
-        for row, result in enumerate(self.results):
-            text = self._continuation(row)
-            if self.on_token is not None and len(text) > len(result.text):
-                self.on_token(row, text[len(result.text) :])  # a character that the last token left unfinished
-            result.text = text
-        return self.results
+        chunks: dict[int, list[tuple[list[int], int, int]]] = {}
+        asking: dict[int, list[Row]] = {}
+        for row in self.rows:
+            K = row.config.num_neighbors
+            if K == 0 or row.search is not None or row.prompt.passages is not None:
+                continue
+            ending = row.ending(M)
+            if ending:
+                spans = chunks.setdefault(K, [])
+                row.first_result = len(spans)
+                spans += [(list(row.ids), max(c * M - row.lead, 0), (c + 1) * M - row.lead) for c in ending]
+                asking.setdefault(K, []).append(row)
+        for K, rows in asking.items():
+            assert self.retriever is not None
+            lookup = Lookup(tokenizer=self.tokenizer, retriever=self.retriever, num_neighbors=K, neighbor_len=1)
+            search = self._searcher.submit(lookup.passages, chunks[K])
+            for row in rows:
+                row.search = search
 
-    def _prefill(self, cache: Cache) -> Tensor:
-        B, M = len(self.ids), self.model.config.chunk_len
-        inputs_BT = torch.zeros(B, self.start, dtype=torch.long)
-        keep_BT = torch.zeros(B, self.start, dtype=torch.bool)
-        for row, ids in enumerate(self.ids):
-            inputs_BT[row, self.start - len(ids) :] = torch.tensor(ids)
-            keep_BT[row, self.start - len(ids) :] = True
-        neighbors, keep = None, None
-        if self.config.num_neighbors > 0:
-            L = self.start // M
-            neighbors, keep = self._neighbors([list(range(chunks - L, chunks)) for chunks in self.chunks])
-        hidden_BTD = self.model.hidden(
-            inputs_BT.to(self.device),
-            keep_BT=keep_BT.to(self.device),
-            neighbors_BLKR=neighbors,
-            keep_BLKR=keep,
-            cache=cache,
+    def _texts(self, row: Row) -> list[list[str]]:
+        """What the neighbors of the chunks that the next call finishes say."""
+        M = self.model.config.chunk_len
+        ending = row.ending(M)
+        if row.config.num_neighbors == 0:
+            return []
+        given = row.prompt.passages
+        if given is not None:
+            prompt_chunks = (row.lead + len(row.prompt.ids)) // M
+            near = [[c for c in given if c == chunk or (c < chunk and chunk >= prompt_chunks)] for chunk in ending]
+            return [given[max(few)] if few else [] for few in near]
+        if row.search is None:
+            return []
+        found = row.search.result()[row.first_result : row.first_result + len(ending)]
+        row.search = None
+        for chunk, passages in zip(ending, found, strict=True):
+            if passages is not None:
+                row.result.retrieved[chunk] = passages
+        return [[passage.full_text for passage in few or []] for few in found]
+
+    def _forward(self, rows: list[Row], ready: list[bool], cache: Cache) -> Tensor:
+        """Logits [B, V] after the last token of rows: whole prompts into a new cache, or one token each."""
+        device = self.model.embedding.weight.device
+        new = [row.ids if cache.chunk is None else row.ids[-1:] for row in rows]
+        T = max(map(len, new))
+        ids = torch.tensor([[0] * (T - len(ids)) + ids for ids in new])
+        keep = torch.tensor(
+            [[is_ready and t >= T - len(ids) for t in range(T)] for ids, is_ready in zip(new, ready, strict=True)]
         )
+        slots = None
+        if cache.chunk is None:
+            lead = torch.tensor([row.lead for row in rows])
+            slots = (lead[:, None] + keep.cumsum(1) - 1).to(device)
+        texts = [self._texts(row) if is_ready else [] for row, is_ready in zip(rows, ready, strict=True)]
+        near: dict[str, Tensor] = {}
+        K = max((len(few) for row in texts for few in row), default=0)
+        if K:
+            R = max(row.config.neighbor_len for row in rows)
+            neighbors_BLKR, keep_BLKR = neighbor_tensors(texts, self.tokenizer, K, R)
+            for b, row in enumerate(rows):
+                keep_BLKR[b, ..., row.config.neighbor_len :] = False
+            near = {"neighbors_BLKR": neighbors_BLKR.to(device), "keep_BLKR": keep_BLKR.to(device)}
+        hidden_BTD = self.model.hidden(ids.to(device), keep_BT=keep.to(device), slot_BT=slots, cache=cache, **near)
         return self.model.logits(hidden_BTD[:, -1])
 
-    def _choose(self, logits_BV: Tensor) -> Tensor:
-        """Takes the next token of every row that is not done."""
+    def _choose(self, rows: list[Row], ready: list[bool], logits_BV: Tensor) -> list[Row]:
+        """Takes the next token of the rows that were ready; returns those that end by it."""
         wide = torch.promote_types(logits_BV.dtype, torch.float32)
         log_probs_BV = torch.log_softmax(logits_BV.to(wide), dim=-1).cpu()
-        chosen = []
-        for row, result in enumerate(self.results):
-            if self.done[row]:
-                chosen.append(self.tokenizer.eos_id)
+        ended = []
+        for row, is_ready, log_probs_V in zip(rows, ready, log_probs_BV, strict=True):
+            if not is_ready:
                 continue
-            token = sample(log_probs_BV[row], self.config, self.generators[row])
-            chosen.append(token)
-            result.ids.append(token)
-            result.log_probs.append(float(log_probs_BV[row, token]))
-            self.ids[row].append(token)
-            if token == self.tokenizer.eos_id:
-                self.done[row] = result.finished = True
-            if self.on_token is not None:
-                text = self._continuation(row)
-                stable = text if self.done[row] else text.rstrip("\ufffd")
-                if len(stable) > len(result.text):
-                    self.on_token(row, stable[len(result.text) :])
-                    result.text = stable
-        return torch.tensor(chosen)
+            token = sample(log_probs_V, row.config, row.generator)
+            row.result.ids.append(token)
+            row.result.log_probs.append(float(log_probs_V[token]))
+            row.ids.append(token)
+            row.result.finished = token == self.tokenizer.eos_id
+            over = row.result.finished or len(row.result.ids) == row.config.max_new_tokens
+            if over:
+                ended.append(row)
+            if over or row.on_text is not None:
+                self._tell(row, over)
+        return ended
 
-    def _continuation(self, row: int) -> str:
-        """Text of the new tokens, as it reads after the prompt."""
-        prompt = len(self.prompts[row].ids)
-        return self.tokenizer.decode(self.ids[row])[len(self.tokenizer.decode(self.ids[row][:prompt])) :]
+    def _tell(self, row: Row, over: bool) -> None:
+        """Brings the text up to the tokens, and tells whoever listens; a character that is not finished waits."""
+        prompt = len(row.prompt.ids)
+        text = self.tokenizer.decode(row.ids)[len(self.tokenizer.decode(row.ids[:prompt])) :]
+        text = text if over else text.rstrip("\ufffd")
+        if row.on_text is not None and len(text) > len(row.result.text):
+            row.on_text(text[len(row.result.text) :])
+        if over or len(text) > len(row.result.text):
+            row.result.text = text
 
-    def _neighbors(self, chunks: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Neighbors of some chunks of every row (by the row's own numbers; negative ones lie before its prompt)."""
-        wanted: list[tuple[int, int]] = []
-        spans: list[tuple[list[int], int, int]] = []
-        texts: list[list[list[str]]] = [[[] for _ in row] for row in chunks]
-        M = self.model.config.chunk_len
-        for row, numbers in enumerate(chunks):
-            lead = self.chunks[row] * M - len(self.prompts[row].ids)
-            passages = self.prompts[row].passages
-            for place, chunk in enumerate(numbers):
-                if chunk < 0 or self.done[row]:
-                    continue
-                if passages is not None:
-                    given = [c for c in passages if c == chunk or (c < chunk and chunk >= self.chunks[row])]
-                    texts[row][place] = passages[max(given)] if given else []
-                    continue
-                wanted.append((row, place))
-                spans.append((self.ids[row], max(chunk * M - lead, 0), (chunk + 1) * M - lead))
-        if wanted:
-            assert self.lookup is not None
-            for (row, place), near in zip(wanted, self.lookup.passages(spans), strict=True):
-                if near is not None:
-                    texts[row][place] = [passage.full_text for passage in near]
-                    self.results[row].retrieved[chunks[row][place]] = near
-        K = max([self.config.num_neighbors, *(len(few) for row in texts for few in row)])
-        neighbors, keep = neighbor_tensors(texts, self.tokenizer, K, self.config.neighbor_len)
-        return neighbors.to(self.device), keep.to(self.device)
+    def _keep(self, wanted: list[bool]) -> None:
+        """Drops the rows that are not wanted, from the cache too."""
+        in_cache = [number for number in range(self._in_cache) if wanted[number]]
+        if len(in_cache) < self._in_cache:
+            if in_cache:
+                self._cache.select(torch.tensor(in_cache, device=self.model.embedding.weight.device))
+            else:
+                self._cache = Cache()
+        self.rows = [row for row, is_wanted in zip(self.rows, wanted, strict=True) if is_wanted]
+        self._in_cache = len(in_cache)
 
 
 def sample(log_probs_V: Tensor, config: GenerateConfig, generator: torch.Generator) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import threading
 from collections import Counter
 from collections.abc import Collection, Sequence
 
@@ -14,7 +15,7 @@ from builders import toy_model_config, toy_tokenizer
 from retro.chunks import Passage
 from retro.config import GenerateConfig
 from retro.errors import ConfigError, MismatchError
-from retro.generate import Generation, Prompt, Role, generate, neighbor_tensors, prompt_ids, sample
+from retro.generate import Decoder, Generation, Prompt, Role, generate, neighbor_tensors, prompt_ids, sample
 from retro.model import Retro
 from retro.tokenizer import Tokenizer
 
@@ -526,3 +527,125 @@ def test_a_model_without_retrieval_is_refused_neighbors() -> None:
 def test_a_tokenizer_larger_than_the_model_is_refused() -> None:
     with pytest.raises(MismatchError, match="the tokenizer has 300 tokens and the model 299"):
         generate(random_model(vocab_size=299), tokenizer(), ["the"], settings(), retriever=Library())
+
+
+# Prompts that come and go
+
+
+class SlowLibrary(Library):
+    """Answers a search only when it is let; asked from another thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let = threading.Event()
+
+    def retrieve(self, queries: Sequence[str], k: int, **options: object) -> list[list[Passage]]:
+        assert self.let.wait(timeout=60)
+        return super().retrieve(queries, k)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_prompts_that_join_at_any_step_get_what_they_get_alone(seed: int) -> None:
+    """With settings of their own: other numbers of neighbors, lengths, temperatures."""
+    model = random_model(2)
+    random = torch.Generator().manual_seed(seed)
+    configs = [
+        settings(
+            num_neighbors=k,
+            max_new_tokens=3 + 5 * number,
+            temperature=float(number % 2),
+            seed=number,
+            neighbor_len=R - k,
+        )
+        for number, k in enumerate([2, 1, 0, 2, 2, 1, 2, 0])
+    ]
+    waiting = list(zip(prompts(), configs, strict=True))
+    rows = []
+    with Decoder(model, tokenizer(), Library()) as decoder:
+        while waiting or decoder.rows:
+            for _ in range(int(torch.randint(0, 3, (1,), generator=random))):
+                if waiting:
+                    rows.append(decoder.add(*waiting.pop(0)))
+            before = list(decoder.rows)
+            ended = decoder.step()
+            assert set(map(id, decoder.rows)) == set(map(id, before)) - set(map(id, ended))
+    for row, prompt, config in zip(rows, prompts(), configs, strict=True):
+        alone = generate(model, tokenizer(), [prompt], config, retriever=Library())[0]
+        assert row.result.ids == alone.ids
+        assert row.result.log_probs == pytest.approx(alone.log_probs, abs=1e-5)
+        assert (row.result.text, row.result.retrieved) == (alone.text, alone.retrieved)
+
+
+def test_a_row_that_waits_for_its_search_does_not_stop_the_others() -> None:
+    model = random_model(2)
+    library = SlowLibrary()
+    quick_config, slow_config = settings(num_neighbors=0), settings(num_neighbors=2)
+    with Decoder(model, tokenizer(), library) as decoder:
+        slow = decoder.add(prompts()[1], slow_config)
+        quick = decoder.add(prompts()[2], quick_config)
+        while quick in decoder.rows:
+            decoder.step()
+        assert slow.result.ids == []
+        library.let.set()
+        while decoder.rows:
+            decoder.step()
+    for row, prompt, config in ((slow, prompts()[1], slow_config), (quick, prompts()[2], quick_config)):
+        assert row.result.ids == generate(model, tokenizer(), [prompt], config, retriever=Library())[0].ids
+
+
+def test_a_row_that_waits_at_a_border_loses_no_step_and_gains_none() -> None:
+    """Its columns stay empty while it waits, in the middle of the text too."""
+    model = random_model(2)
+    library = SlowLibrary()
+    library.let.set()
+    config = settings(max_new_tokens=4 * M)
+    with Decoder(model, tokenizer(), library) as decoder:
+        slow = decoder.add(prompts()[1], config)
+        while len(slow.result.ids) < M:
+            decoder.step()
+        library.let.clear()
+        quick = decoder.add(prompts()[2], settings(num_neighbors=0, max_new_tokens=2 * M))
+        while quick in decoder.rows:
+            decoder.step()
+        assert len(slow.result.ids) == M
+        library.let.set()
+        while decoder.rows:
+            decoder.step()
+    assert slow.result.ids == generate(model, tokenizer(), [prompts()[1]], config, retriever=Library())[0].ids
+
+
+def test_a_row_can_be_removed_at_any_time() -> None:
+    model = random_model(2)
+    with Decoder(model, tokenizer(), Library()) as decoder:
+        rows = [decoder.add(prompt, settings()) for prompt in prompts()[:4]]
+        decoder.remove(rows[0])
+        for _ in range(3):
+            decoder.step()
+        decoder.remove(rows[2])
+        assert decoder.rows == [rows[1], rows[3]]
+        while decoder.rows:
+            decoder.step()
+        assert decoder.step() == []
+    for number in (1, 3):
+        alone = generate(model, tokenizer(), [prompts()[number]], settings(), retriever=Library())[0]
+        assert rows[number].result.ids == alone.ids
+
+
+def test_an_error_of_the_retriever_comes_out_of_the_step() -> None:
+    class Broken(Library):
+        def retrieve(self, queries: Sequence[str], k: int, **options: object) -> list[list[Passage]]:
+            raise ConfigError("the index is gone")
+
+    with pytest.raises(ConfigError, match="the index is gone"):
+        generate(random_model(2), tokenizer(), prompts()[:2], settings(), retriever=Broken())
+
+
+def test_columns_that_nobody_uses_any_more_are_given_back() -> None:
+    """Requests come and go for ever: the cache is as long as its longest row, not as old as the decoder."""
+    model = random_model(2)
+    longest = max(len(prompt.ids) for prompt in prompts()) + 7
+    with Decoder(model, tokenizer(), Library()) as decoder:
+        for number in range(40):
+            decoder.add(prompts()[number % 8], settings(max_new_tokens=2 + number % 6))
+            decoder.step()
+            assert decoder._cache.length <= 2 * longest
