@@ -36,6 +36,7 @@ class RetroCache(DynamicCache):
         state: Past of a network of our own.
         ids: All tokens of each row so far, without padding.
         lead: Empty slots before each row's first token; 0 to M - 1.
+        columns: Of a network of our own, so far; columns that no row uses may be gone from `state`.
         chunk_len: M; 0 while the cache is new.
         recording: Whether `crop` may go back across a chunk border, where `remember` was called.
     """
@@ -46,6 +47,7 @@ class RetroCache(DynamicCache):
         self.state = Cache()
         self.ids: list[list[int]] = []
         self.lead: list[int] = []
+        self.columns = 0
         self.chunk_len = 0
         self.recording = False
         self._places: list[tuple[int, ChunkCache]] = []
@@ -118,7 +120,7 @@ class RetroCache(DynamicCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns so far."""
-        return max(self.state.length, super().get_seq_length(layer_idx))
+        return self.columns or super().get_seq_length(layer_idx)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Takes rows in another order, as beams go on from others."""
@@ -138,7 +140,8 @@ class RetroCache(DynamicCache):
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()  # type: ignore[no-untyped-call]
-        self.state, self.ids, self.lead, self._places = Cache(), [], [], []
+        self.state, self.ids, self.lead, self.columns = Cache(), [], [], 0
+        self.forget()
 
     def activate_past_recording(self) -> None:
         """From now on columns may be taken back across a chunk border, if they came in one call."""
@@ -167,33 +170,35 @@ class RetroCache(DynamicCache):
         """
         length = self.get_seq_length()
         count = length - max_length if max_length > 0 else -max_length
-        if count <= 0:
-            return
-        if any(len(row) < count for row in self.ids):
-            raise ConfigError(f"{count} columns cannot be taken back: a row has {min(map(len, self.ids))} tokens")
-        self._crop_state(length, length - count)
-        super().crop(-count)
-        self.ids = [row[:-count] for row in self.ids]
+        if count > 0:
+            if any(len(row) < count for row in self.ids):
+                raise ConfigError(f"{count} columns cannot be taken back: a row has {min(map(len, self.ids))} tokens")
+            self._crop_state(length, count)
+            super().crop(-count)
+            self.ids = [row[:-count] for row in self.ids]
+            self.columns -= count if self.columns else 0
         self.forget()
 
-    def _crop_state(self, length: int, target: int) -> None:
-        """Takes back what is not in `layers`, from so many columns to so many."""
-        if self.chunk is None:
+    def _crop_state(self, length: int, count: int) -> None:
+        """Takes back what is not in `layers`: the last `count` of `length` columns."""
+        chunk, own = self.chunk, bool(self.columns)
+        if chunk is None:
             return
-        if self.chunk.hidden_BMD is None:  # a network without CCA has no chunk that could be gone
-            self.chunk = ChunkCache(self.chunk.slot_B)
-            self.chunk.slot_B = self.chunk.slot_B - (length - target)
-            length = target
-        elif bool((self.chunk.slot_B % self.chunk_len < length - target).any()):
-            for place, chunk in self._places:
-                if 0 <= place - target <= int((chunk.slot_B % self.chunk_len).min()):
-                    length, self.chunk = place, chunk
+        if chunk.hidden_BMD is None:  # a network without CCA has no chunk that could be gone
+            self.chunk = ChunkCache(chunk.slot_B - count)
+            self.state.length -= count
+            count = 0
+        elif bool((chunk.slot_B % self.chunk_len < count).any()):
+            for place, kept in self._places:
+                if 0 <= place - (length - count) <= int((kept.slot_B % self.chunk_len).min()):
+                    self.chunk = kept
+                    self.state.length -= length - place if own else 0
+                    count -= length - place
                     break
-        if self.state.keep_BT is None:
-            self.chunk.crop(length - target, self.chunk_len)
-        else:
-            self.state.length = length
-            self.state.crop(length - target, self.chunk_len)
+        if own:
+            self.state.crop(count, self.chunk_len)
+        elif self.chunk is not None:
+            self.chunk.crop(count, self.chunk_len)
 
     def _select(self, indices: Tensor) -> None:
         if not self.ids:
