@@ -10,6 +10,7 @@ import math
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,6 +20,7 @@ from retro.errors import ConfigError
 Precision = Literal["auto", "float32", "bfloat16"]
 NeighborPart = Literal["both", "chunk", "continuation"]
 Positions = Literal["rotary", "relative"]
+Quantization = Literal["none", "8bit", "4bit"]
 ConfigT = TypeVar("ConfigT")
 
 
@@ -257,11 +259,46 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BaseConfig:
+    """A pretrained language model of Hugging Face that retrieval is put into, and what is trained of it."""
+
+    name: str
+    """Its folder, or its name on the Hugging Face hub."""
+    revision: str = ""
+    """Branch, tag or commit on the hub. Empty: the newest."""
+    layers: str = ""
+    """Where its list of decoder layers is, for architectures that are not known, as in model.layers."""
+    quantization: Quantization = "none"
+    """Load the frozen weights with 8 or 4 bits each (needs bitsandbytes)."""
+    unfreeze: int = 0
+    """Layers of the base, counted from its last one, that are trained too; -1 trains all of the base."""
+    lora_rank: int = 0
+    """Rank of adapters beside the matrices of the base's layers, which are trained too (needs peft); 0 means none."""
+    lora_alpha: float = 16.0
+    """Adapters are multiplied by lora_alpha / lora_rank."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ConfigError("base.name is empty: give the folder of a pretrained model, or its name on the hub")
+        _require_positive(self, "lora_alpha")
+        _require_not_negative(self, "lora_rank")
+        if self.unfreeze < -1:
+            raise ConfigError(f"base.unfreeze = {self.unfreeze}: give a number of layers, or -1 for all of the base")
+        if self.unfreeze and self.quantization != "none":
+            raise ConfigError(
+                f"base.unfreeze = {self.unfreeze} with quantization = {self.quantization!r}: quantized weights cannot be trained; "
+                "use lora_rank instead, or leave quantization away"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """A network and how it is trained: a preset, or a TOML file with the tables [model] and [train]."""
+    """A network and how it is trained: a preset, or a TOML file with the tables [model], [train] and perhaps [base]."""
 
     model: ModelConfig
     train: TrainConfig = field(default_factory=TrainConfig)
+    base: BaseConfig | None = None
+    """Put retrieval into this pretrained model, instead of training a network of our own."""
 
 
 def config_from_dict(cls: type[ConfigT], values: dict[str, Any], *, where: str) -> ConfigT:
@@ -297,10 +334,22 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
-def load_run_config(path: Path | None, overrides: list[str], *, preset: str | None = None) -> RunConfig:
+def load_run_config(
+    path: Path | None,
+    overrides: list[str],
+    *,
+    preset: str | None = None,
+    sizes: Callable[[BaseConfig], dict[str, Any]] | None = None,
+) -> RunConfig:
     """Resolves a run: a preset, then the TOML file's keys, then `--set` overrides such as `train.steps=100`.
 
     The file may name a preset itself with a top-level `preset = "tiny"`.
+
+    Args:
+        path: TOML file.
+        overrides: As `--set` takes them.
+        preset: Its name.
+        sizes: Of the model around a base, so that [model] need not give any where there is [base]: `retro.pretrained.base_sizes`.
 
     Raises:
         ConfigError: For an unreadable file, an unknown preset or key, or a value of the wrong type.
@@ -314,29 +363,39 @@ def load_run_config(path: Path | None, overrides: list[str], *, preset: str | No
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not valid TOML: {error}") from error
     where = str(path) if path is not None else "configuration"
-    for table in ("model", "train"):
+    for table in _TABLES:
         if not isinstance(tables.get(table, {}), dict):
             raise ConfigError(f"{where}: {table} = {tables[table]!r}: must be a table, [{table}]")
     for override in overrides:
         key, equals, text = override.partition("=")
         table, dot, name = key.strip().partition(".")
-        if not equals or not dot or table not in ("model", "train"):
-            raise ConfigError(f"--set {override}: write model.KEY=VALUE or train.KEY=VALUE")
+        if not equals or not dot or table not in _TABLES:
+            raise ConfigError(f"--set {override}: write model.KEY=VALUE or train.KEY=VALUE (or base.KEY=VALUE)")
         tables.setdefault(table, {})[name] = _parsed(text.strip())
     name = preset or tables.pop("preset", None)
     tables.pop("preset", None)
-    unknown = set(tables) - {"model", "train"}
+    unknown = set(tables) - set(_TABLES)
     if unknown:
-        raise ConfigError(f"{where}: unknown table or key {sorted(unknown)[0]!r}; known: preset, [model], [train]")
+        known = ", ".join(f"[{table}]" for table in _TABLES)
+        raise ConfigError(f"{where}: unknown table or key {sorted(unknown)[0]!r}; known: preset, {known}")
+    pretrained = config_from_dict(BaseConfig, tables["base"], where=f"{where} [base]") if "base" in tables else None
     base: dict[str, Any] = {"model": {}, "train": {}}
     if name is not None:
         if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
         base = config_to_dict(PRESETS[name])
+    model = base["model"] | tables.get("model", {})
+    if pretrained is not None and sizes is not None:
+        of_base = sizes(pretrained)
+        model = of_base | model | {key: of_base[key] for key in ("vocab_size", "dim", "num_layers", "tie_embeddings")}
     return RunConfig(
-        model=config_from_dict(ModelConfig, base["model"] | tables.get("model", {}), where=f"{where} [model]"),
+        model=config_from_dict(ModelConfig, model, where=f"{where} [model]"),
         train=config_from_dict(TrainConfig, base["train"] | tables.get("train", {}), where=f"{where} [train]"),
+        base=pretrained,
     )
+
+
+_TABLES = ("model", "train", "base")
 
 
 def _parsed(text: str) -> Any:

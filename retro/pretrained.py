@@ -1,0 +1,245 @@
+"""Pretrained causal language models of Hugging Face transformers, as bases to put retrieval into: opening them, where their
+layers are, what they may have trained, and by which digest they are known again."""
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retro.config import BaseConfig
+from retro.errors import ConfigError, DependencyError, MismatchError
+
+LAYERS = {
+    "gemma": "model.layers",
+    "gemma2": "model.layers",
+    "gemma3_text": "model.layers",
+    "gpt2": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+    "llama": "model.layers",
+    "mistral": "model.layers",
+    "opt": "model.decoder.layers",
+    "phi": "model.layers",
+    "phi3": "model.layers",
+    "qwen2": "model.layers",
+    "qwen3": "model.layers",
+}
+"""Where the architectures (`model_type`) that are tested keep their list of decoder layers. Its parent is the decoder."""
+LEARNED_POSITIONS = ("gpt2", "opt")
+"""Those that know only the positions of their table; the others have rotary ones."""
+SAMPLED = 1 << 14
+"""Values of a tensor that its digest covers at most."""
+
+
+def sizes(config: Any) -> dict[str, Any]:
+    """All sizes of a network built around a base, by their names in ModelConfig.
+
+    `vocab_size`, `dim` and `num_layers` are the base's. The others may be changed: CCA has as many heads as the base; the encoder
+    is as wide as the paper's, where the base is; P is the paper's (every third layer from the 6th), in a base of fewer than 12
+    layers every second one from the middle. `ffw_dim` and `tie_embeddings` mean nothing here.
+
+    Args:
+        config: Of the base, as transformers give it.
+
+    Raises:
+        ConfigError: It is an encoder-decoder.
+    """
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            f"the base {_name(config)} ({config.model_type}) is an encoder-decoder: take a decoder, trained to continue text"
+        )
+    text = config.get_text_config(decoder=True)
+    D, L, H = text.hidden_size, text.num_hidden_layers, text.num_attention_heads
+    E = min(D - D % 2, 896)
+    heads = max(E // 64, 1)
+    return {
+        "vocab_size": text.vocab_size,
+        "dim": D,
+        "num_layers": L,
+        "num_heads": H,
+        "head_dim": max(D // H // 2 * 2, 2),
+        "ffw_dim": 4 * D,
+        "cca_layers": tuple(range(6, L + 1, 3) if L >= 12 else range(L // 2 + 1, L + 1, 2)),
+        "encoder_dim": E,
+        "encoder_layers": 2,
+        "encoder_heads": heads,
+        "encoder_head_dim": max(min(E // heads // 2 * 2, 64), 2),
+        "encoder_ffw_dim": 4 * E,
+        "tie_embeddings": False,
+    }
+
+
+def base_sizes(base: BaseConfig) -> dict[str, Any]:
+    """`sizes` of a base by its name; its weights are not read.
+
+    Raises:
+        ConfigError: There is no such base, or it is an encoder-decoder.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(base.name, revision=base.revision or None)
+    except (OSError, ValueError) as error:
+        raise _not_opened(base, error) from error
+    return sizes(config)
+
+
+def open_base(base: BaseConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """Opens a base with its language modeling head.
+
+    Args:
+        base: Name or folder, revision and quantization.
+        dtype: Of its weights, float32 or bfloat16. Where base weights are trained themselves, they are float32 anyway.
+        device: Where it is put.
+
+    Raises:
+        ConfigError: There is no such base, it has no head, or it is no causal language model.
+        DependencyError: Its quantization needs a library that is not installed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": torch.float32 if base.unfreeze else dtype}
+    if base.quantization != "none":
+        options |= {"quantization_config": _quantization(base, dtype), "device_map": {"": torch.device(device)}}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            base.name, revision=base.revision or None, output_loading_info=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise _not_opened(base, error) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ConfigError(
+            f"the base {base.name} has no {', '.join(missing[:3])}: it was saved without its language modeling head, or is "
+            "damaged; take the model for causal language modeling"
+        )
+    return model if base.quantization != "none" else model.to(device)
+
+
+def layer_list(base: Any, path: str = "") -> tuple[nn.Module, nn.ModuleList]:
+    """The decoder of a base, whose result are the final activations, and its layers.
+
+    Args:
+        base: With a language modeling head.
+        path: Where the layers are. Empty: where `LAYERS` says.
+
+    Raises:
+        ConfigError: It has no head, or its architecture is unknown.
+    """
+    kind = base.config.model_type
+    known = f"known are {', '.join(LAYERS)}; for others say where the decoder layers are, as in layers = 'model.layers'"
+    if not path and kind not in LAYERS:
+        raise ConfigError(f"the base {_name(base.config)} is of the unknown architecture {kind!r}: {known}")
+    if base.get_output_embeddings() is None:
+        raise ConfigError(
+            f"the base {type(base).__name__} has no language modeling head: open it with AutoModelForCausalLM.from_pretrained"
+        )
+    path = path or LAYERS[kind]
+    try:
+        layers, decoder = base.get_submodule(path), base.get_submodule(path.rpartition(".")[0])
+    except AttributeError as error:
+        raise ConfigError(f"the base {type(base).__name__} has nothing at layers = {path!r}: {known}") from error
+    if not isinstance(layers, nn.ModuleList):
+        raise ConfigError(f"layers = {path!r} of {type(base).__name__} is a {type(layers).__name__}, no list of layers")
+    return decoder, layers
+
+
+def add_lora(base: Any, rank: int, alpha: float) -> None:
+    """Puts low-rank adapters (Hu et al. 2021, arXiv:2106.09685) beside all matrices of the layers, in float32; they begin as zero.
+
+    Raises:
+        DependencyError: peft is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise DependencyError('lora_rank needs the package peft: pip install peft, or "retro-lm[hf]"')
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
+
+    transposed = any(isinstance(module, Conv1D) for module in base.modules())
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", fan_in_fan_out=transposed)
+    inject_adapter_in_model(settings, base)
+    for name, parameter in base.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+
+
+# --- the same base ------------------------------------------------------------------------------------------------
+
+
+def digests(base: nn.Module) -> dict[str, str]:
+    """A digest of every tensor, by which a base is known again.
+
+    It covers the shape and at most SAMPLED values, evenly spread, rounded to bfloat16: so it is the same whether a base is loaded
+    in float32 or bfloat16, and quickly made. (What was rounded to float16 in between may differ.) A quantized tensor has none.
+    """
+    found = {}
+    for name, parameter in base.named_parameters():
+        if parameter.is_floating_point():
+            flat: Tensor = parameter.detach().reshape(-1)
+            some = flat[:: -(-len(flat) // SAMPLED) or 1].to(torch.bfloat16).view(torch.int16).cpu()
+            content = str(list(parameter.shape)).encode() + some.numpy().astype("<i2").tobytes()
+            found[name] = hashlib.sha256(content).hexdigest()[:16]
+    return found
+
+
+def check_digests(
+    stored: Mapping[str, str], own: Mapping[str, str], *, trained_on: str, given: str, quantized: bool
+) -> None:
+    """Compares what both have.
+
+    Args:
+        stored: Of the base that a model was trained on.
+        own: Of the base at hand.
+        trained_on: Name of the former, for the message.
+        given: Name of the latter.
+        quantized: Whether either is quantized, so that tensors may be missing.
+
+    Raises:
+        MismatchError: They are not the same.
+    """
+    common = sorted(stored.keys() & own.keys())
+    differing = [name for name in common if stored[name] != own[name]]
+    differing += [] if quantized else sorted(stored.keys() ^ own.keys())
+    if differing or not common:
+        raise MismatchError(
+            f"the model was trained on the base {trained_on}, and {given} is another one: {len(differing)} tensors differ "
+            f"({', '.join(differing[:3]) or 'none has the same name'}). Open it with the base it was trained on, in float32 or "
+            "bfloat16"
+        )
+
+
+def is_quantized(base: nn.Module) -> bool:
+    """Whether some weights are not floating-point numbers."""
+    return any(not parameter.is_floating_point() for parameter in base.parameters())
+
+
+# --- details ------------------------------------------------------------------------------------------------------
+
+
+def _quantization(base: BaseConfig, dtype: torch.dtype) -> Any:
+    missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DependencyError(
+            f"quantization = {base.quantization!r} needs the packages bitsandbytes and accelerate, and {' and '.join(missing)} "
+            f"cannot be found: pip install {' '.join(missing)}, or leave quantization away"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if base.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _not_opened(base: BaseConfig, error: Exception) -> ConfigError:
+    first = str(error).strip().partition("\n")[0]
+    revision = f" (revision {base.revision})" if base.revision else ""
+    return ConfigError(
+        f"the base {base.name!r}{revision} cannot be opened as a causal language model: {first} "
+        "Give a folder with config.json and the weights, or the name of a model on the Hugging Face hub"
+    )
+
+
+def _name(config: Any) -> str:
+    return getattr(config, "_name_or_path", "") or type(config).__name__.removesuffix("Config")
