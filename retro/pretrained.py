@@ -98,13 +98,14 @@ def open_base(base: BaseConfig, dtype: torch.dtype, device: torch.device | str =
         ConfigError: There is no such base, it has no head, or it is no causal language model.
         DependencyError: Its quantization needs a library that is not installed.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    opener: Any = transformers.AutoModelForCausalLM  # with output_loading_info it gives a pair, unlike its annotation
     options: dict[str, Any] = {"dtype": torch.float32 if base.unfreeze else dtype}
     if base.quantization != "none":
         options |= {"quantization_config": _quantization(base, dtype), "device_map": {"": torch.device(device)}}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = opener.from_pretrained(
             base.name, revision=base.revision or None, output_loading_info=True, **options
         )
     except (OSError, ValueError) as error:
@@ -154,12 +155,13 @@ def add_lora(base: Any, rank: int, alpha: float) -> None:
     """
     if importlib.util.find_spec("peft") is None:
         raise DependencyError('lora_rank needs the package peft: pip install peft, or "retro-lm[hf]"')
-    from peft import LoraConfig, inject_adapter_in_model
+    import peft
     from transformers.pytorch_utils import Conv1D
 
     transposed = any(isinstance(module, Conv1D) for module in base.modules())
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", fan_in_fan_out=transposed)
-    inject_adapter_in_model(settings, base)
+    config: Any = peft.LoraConfig  # takes a float for alpha, unlike its annotation
+    settings = config(r=rank, lora_alpha=alpha, target_modules="all-linear", fan_in_fan_out=transposed)
+    peft.inject_adapter_in_model(settings, base)
     for name, parameter in base.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
@@ -225,11 +227,12 @@ def _quantization(base: BaseConfig, dtype: torch.dtype) -> Any:
             f"quantization = {base.quantization!r} needs the packages bitsandbytes and accelerate, and {' and '.join(missing)} "
             f"cannot be found: pip install {' '.join(missing)}, or leave quantization away"
         )
-    from transformers import BitsAndBytesConfig
+    import transformers
 
+    settings: Any = transformers.BitsAndBytesConfig
     if base.quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        return settings(load_in_8bit=True)
+    return settings(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def _not_opened(base: BaseConfig, error: Exception) -> ConfigError:

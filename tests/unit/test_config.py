@@ -370,7 +370,7 @@ def test_the_last_of_two_overrides_wins() -> None:
 
 @pytest.mark.parametrize("override", ["steps=3", "train.steps", "train", "=3", "generate.seed=1", "preset=small", ""])
 def test_an_override_of_another_form_is_refused(override: str) -> None:
-    with refuses(f"--set {override}: write model.KEY=VALUE or train.KEY=VALUE"):
+    with refuses(f"--set {override}: write model.KEY=VALUE or train.KEY=VALUE (or base.KEY=VALUE)"):
         load_run_config(None, [override], preset="tiny")
 
 
@@ -401,7 +401,7 @@ def test_errors_of_a_file_name_the_file_and_the_table(tmp_path: Path) -> None:
     with refuses(f"{path} [model]: unknown key 'dimm'; did you mean dim?"):
         load_run_config(path, [])
     path = write(tmp_path, 'preset = "tiny"\n[training]\nsteps = 3\n')
-    with refuses(f"{path}: unknown table or key 'training'; known: preset, [model], [train]"):
+    with refuses(f"{path}: unknown table or key 'training'; known: preset, [model], [train], [base]"):
         load_run_config(path, [])
 
 
