@@ -169,7 +169,7 @@ def _state_of(out: Path, parts: Setup) -> TrainingState | None:
 
 
 def _timed(parts: Setup, state: TrainingState, seconds: float, progress: Callable[[Progress], None] | None) -> Timing:
-    """Two passes over a micro batch, the first of which prepares kernels and memory; then whole steps, where there is time."""
+    """A micro batch, which prepares kernels and memory; where there is time, another one, and whole steps."""
     config = parts.run.train
     deadline = time.monotonic() + seconds
     sequence = state.sequence
@@ -185,8 +185,9 @@ def _timed(parts: Setup, state: TrainingState, seconds: float, progress: Callabl
         sequence += sequences
         return took, result
 
-    step(config.micro_batch_size)
     took, result = step(config.micro_batch_size)
+    if took < seconds:
+        took, result = step(config.micro_batch_size)
     if time.monotonic() + config.accumulation * took > deadline:
         return Timing(
             seconds=config.accumulation * took,

@@ -1,5 +1,6 @@
 """What training takes, against counters of PyTorch, memory that was measured, published numbers and other ways to compute them."""
 
+import itertools
 import json
 import math
 import weakref
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -552,10 +554,22 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(run: RunConfig, data_folder
         measure_training(toy_run(data_folder, tmp_path / "n", model={"chunk_len": 16}))
 
 
-def test_where_whole_steps_take_too_long_a_micro_batch_is_timed(run: RunConfig) -> None:
-    plan = measure_training(run, seconds=0.0)
-    assert plan.timing.basis == "one micro batch of 2 sequences, times 2"
-    assert plan.timing.tokens % 2 == 0
+@pytest.mark.parametrize(
+    ("limit", "basis", "seconds"),
+    [
+        (0.5, "one micro batch of 2 sequences, times 2", 2.0),
+        (4.5, "one micro batch of 2 sequences, times 2", 2.0),
+        (9.5, "2 steps", 1.0),
+    ],
+)
+def test_where_whole_steps_take_too_long_a_micro_batch_is_timed(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch, limit: float, basis: str, seconds: float
+) -> None:
+    clock = itertools.count()  # a second passes whenever somebody looks
+    monkeypatch.setattr("retro.dry_run.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    plan = measure_training(run, seconds=limit)
+    assert (plan.timing.basis, plan.timing.seconds) == (basis, seconds)
+    assert plan.timing.tokens > 4 * 8, "of a whole step"
 
 
 def test_utilization_of_a_known_gpu_is_reported(run: RunConfig) -> None:
