@@ -103,8 +103,9 @@ def train(
     """Train a model; run again, an interrupted training goes on exactly.
 
     \b
-    Example (a quick trial):
+    Examples (a quick trial; all GPUs of a machine):
       retro train --preset tiny --data wiki.data --out wiki.model --set train.steps=20
+      torchrun --nproc-per-node gpu -m retro train small.toml
     """
     from retro.artifact import read_json
     from retro.config import config_to_dict, load_run_config
@@ -138,7 +139,13 @@ def train(
         )
         return
     from retro import train as training
+    from retro.distributed import rank_of_environment
 
+    if rank_of_environment() > 0:  # the first rank speaks for all
+        for name in ("retro", "index_builder"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        training.train(run, overwrite=overwrite)
+        return
     with train_bar() as progress:
         folder = training.train(run, overwrite=overwrite, progress=progress)
     steps = read_json(folder / "config.json")["training"]["steps"]

@@ -3,6 +3,9 @@
 A run that was interrupted, killed or asked for more steps goes on from its newest checkpoint when it is started again. On the CPU
 it then ends with the same weights, bit for bit, as if it had never stopped: the batches and the learning rate are functions of
 the step's number, and nothing else is random.
+
+Under torchrun several processes (ranks) train one model together: each takes its part of every batch, in the order of the ranks, so
+that the data of a step and its loss are the same however many there are. Only the first rank writes and reports.
 """
 
 import contextlib
@@ -32,15 +35,29 @@ from retro.checkpoint import (
 from retro.chunks import TrainingData
 from retro.config import Precision, RunConfig, TrainConfig, config_to_dict
 from retro.data import Batch, Batches, Retrieval
+from retro.distributed import ALONE, Ranks, joined, rank_device, shard, whole, whole_state, with_same_work
 from retro.errors import ConfigError, MismatchError, TrainingError
 from retro.metrics import Metrics
 from retro.model import Retro
 
 logger = logging.getLogger(__name__)
 
-CHANGEABLE = ("data", "out", "steps", "log_every", "eval_every", "eval_sequences", "save_every", "device")
+CHANGEABLE = (
+    "data",
+    "out",
+    "steps",
+    "micro_batch_size",
+    "log_every",
+    "eval_every",
+    "eval_sequences",
+    "save_every",
+    "device",
+    "compile",
+    "timeout_s",
+)
 """Settings that may differ when a run goes on. The data may have moved, but must be the same; with other `steps` the learning rate
-follows the new cosine from where the run is."""
+follows the new cosine from where the run is. Another micro_batch_size, another number of ranks, another device or `compile` give
+the same losses up to rounding."""
 
 
 class Progress(NamedTuple):
@@ -93,16 +110,18 @@ class Setup:
     """Of the matrix products."""
     recipe: dict[str, Any]
     """All that determines the weights, the number of steps apart."""
+    ranks: Ranks
+    """The processes that train together."""
 
 
 # --- the parts ----------------------------------------------------------------------------------------------------
 
 
-def setup(run: RunConfig) -> Setup:
-    """Opens the training data and makes network and optimizer.
+def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
+    """Opens the training data and makes network and optimizer; with several ranks each holds its part of both.
 
     Raises:
-        ConfigError: A setting is missing, or the data cannot serve it.
+        ConfigError: A setting is missing, the data cannot serve it, or the batch cannot be divided among the ranks.
         FormatError: The data is missing or damaged.
         MismatchError: Network and data have chunks of different lengths.
     """
@@ -110,7 +129,8 @@ def setup(run: RunConfig) -> Setup:
     if not config.data or not config.out:
         missing = "data" if not config.data else "out"
         raise ConfigError(f"train.{missing} is empty: set it in the file, or with --set train.{missing}=FOLDER")
-    device = resolve_device(config.device)
+    _check_division(config, ranks)
+    device = rank_device(config.device, resolve_device)
     dtype = resolve_precision(config.precision, device)
     data = TrainingData(Path(config.data))
     if data.chunk_len != run.model.chunk_len:
@@ -120,7 +140,12 @@ def setup(run: RunConfig) -> Setup:
         )
     run = replace(run, model=replace(run.model, vocab_size=data.tokenizer.vocab_size))
     batches = open_batches(data, "train", run)
-    model = Retro(run.model).initialize(torch.Generator().manual_seed(config.seed)).to(device)
+    model = Retro(run.model).initialize(torch.Generator().manual_seed(config.seed))
+    if ranks.size > 1:
+        shard(model, device, dtype)
+    model.to(device)
+    if config.compile:
+        model.compile()
     kept = {key: value for key, value in config_to_dict(config).items() if key not in CHANGEABLE}
     recipe = {
         "model": config_to_dict(run.model),
@@ -136,7 +161,20 @@ def setup(run: RunConfig) -> Setup:
         device=device,
         dtype=dtype,
         recipe=recipe,
+        ranks=ranks,
     )
+
+
+def _check_division(config: TrainConfig, ranks: Ranks) -> None:
+    at_once = ranks.size * config.micro_batch_size
+    if config.batch_size % at_once:
+        fits = config.batch_size % ranks.size == 0
+        micro = math.gcd(config.batch_size // ranks.size, config.micro_batch_size)
+        raise ConfigError(
+            f"batch_size = {config.batch_size} is no multiple of {at_once}, which is {ranks.size} ranks x micro_batch_size = "
+            f"{config.micro_batch_size}: "
+            + (f"set train.micro_batch_size={micro}" if fits else "take a number of ranks that divides batch_size")
+        )
 
 
 def open_batches(data: TrainingData, split: str, run: RunConfig) -> Batches:
@@ -209,48 +247,71 @@ def train_step(
     rate: float,
     grad_clip: float,
     dtype: torch.dtype,
+    ranks: Ranks = ALONE,
 ) -> StepResult:
-    """One optimizer step: the loss is the sum over all tokens of the batch, divided by their number.
+    """One optimizer step: the loss is the sum over all tokens of the batch, of all ranks together, divided by their number.
 
     Args:
         model: Left in training mode.
         optimizer: Of its parameters.
-        batch: Anywhere; it goes to the model's device in parts of `micro_batch_size` sequences, whose gradients are summed.
+        batch: This rank's part, anywhere; it goes to the model's device in parts of `micro_batch_size` sequences, whose
+            gradients are summed.
         micro_batch_size: Sequences of one forward pass.
         rate: Learning rate.
         grad_clip: Largest norm of the gradient; 0 means no limit.
         dtype: bfloat16 turns autocast on.
+        ranks: Those that make the step together, with as many sequences each.
 
     Raises:
-        TrainingError: Loss or gradient is not finite; weights and optimizer are as they were.
+        TrainingError: Loss or gradient is not finite, on all ranks; weights and optimizer are as they were.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
     device = next(model.parameters()).device
-    tokens = int(batch.loss_BT.sum())
+    tokens = int(ranks.total(int(batch.loss_BT.sum()))[0])
     loss = torch.zeros((), device=device)
     for part in batch.split(micro_batch_size):
-        loss_sum = _loss_sum(model, part.to(device), dtype)
-        (loss_sum / tokens).backward()  # type: ignore[no-untyped-call]
+        loss_sum = _loss_sum(model, part, dtype, ranks)
+        (loss_sum / (tokens / ranks.size)).backward()  # type: ignore[no-untyped-call]  # FSDP averages over the ranks
         loss += loss_sum.detach() / tokens
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    loss_nats, grad_norm = torch.stack([loss, norm]).tolist()
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+    own_loss_nats, grad_norm = torch.stack([loss, norm]).tolist()
+    (loss_nats,) = ranks.total(own_loss_nats)
     if not (math.isfinite(loss_nats) and math.isfinite(grad_norm)):
-        raise TrainingError(f"the loss is {loss_nats} and the norm of its gradient {grad_norm}")
+        message = f"the loss is {loss_nats} and the norm of its gradient {grad_norm}"
+        elsewhere = math.isfinite(own_loss_nats) and not math.isfinite(loss_nats)
+        raise (_ElsewhereError if elsewhere else TrainingError)(message)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     return StepResult(loss_nats, grad_norm, tokens)
 
 
-def _loss_sum(model: Retro, batch: Batch, dtype: torch.dtype) -> Tensor:
-    with torch.autocast(batch.inputs_BT.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss: Tensor = model(**batch.tensors())
+class _ElsewhereError(TrainingError):
+    """The loss that is not finite is another rank's."""
+
+
+def _loss_sum(model: Retro, batch: Batch, dtype: torch.dtype, ranks: Ranks) -> Tensor:
+    device = next(model.parameters()).device
+    tensors = with_same_work(batch, ranks).tensors()
+    if device.type == "cuda":  # out of pinned memory the copies do not hold up the host
+        tensors = {name: tensor if tensor.is_cuda else tensor.pin_memory() for name, tensor in tensors.items()}
+    tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss: Tensor = model(**tensors)
     return loss
 
 
 @torch.no_grad()
-def evaluate_loss(model: Retro, batches: Batches, *, sequences: int, batch_size: int, dtype: torch.dtype) -> Evaluation:
+def evaluate_loss(
+    model: Retro,
+    batches: Batches,
+    *,
+    sequences: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    ranks: Ranks = ALONE,
+) -> Evaluation:
     """Loss with retrieval on, off, and with the neighbors of other documents ("shuffled"), over the same sequences.
 
     Args:
@@ -259,65 +320,95 @@ def evaluate_loss(model: Retro, batches: Batches, *, sequences: int, batch_size:
         sequences: How many, from the first on; 0 means all of the split.
         batch_size: Sequences of one forward pass.
         dtype: bfloat16 turns autocast on.
+        ranks: Those that share the sequences.
 
     Raises:
         ConfigError: The data has no other documents to shuffle with.
     """
     count = min(sequences or batches.sequences_per_epoch, batches.sequences_per_epoch)
     modes: tuple[Retrieval, ...] = get_args(Retrieval) if batches.num_neighbors else ("off",)
-    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     sums: dict[Retrieval, float] = dict.fromkeys(modes, 0.0)
     tokens = 0
     try:
-        for first in range(0, count, batch_size):
-            size = min(batch_size, count - first)
+        for first in range(0, count, batch_size * ranks.size):
+            begin = first + batch_size * ranks.rank
+            size = max(min(batch_size, count - begin), 0)
             for mode in modes:
-                batch = batches.batch(first, size, neighbors=mode)
-                sums[mode] += _loss_sum(model, batch.to(device), dtype).item()
-            tokens += int(batch.loss_BT.sum())
+                # A rank for which nothing is left goes through the last sequence with the others, and does not count it.
+                batch = batches.batch(min(begin, count - 1), size or 1, neighbors=mode)
+                loss = _loss_sum(model, batch, dtype, ranks).item()
+                sums[mode] += loss if size else 0.0
+            tokens += int(batch.loss_BT.sum()) if size else 0
     finally:
         model.train(was_training)
-    return Evaluation({mode: total / tokens for mode, total in sums.items()}, tokens)
+    total_tokens, *totals = ranks.total(tokens, *sums.values())
+    losses = {mode: total / total_tokens for mode, total in zip(modes, totals, strict=True)}
+    return Evaluation(losses, int(total_tokens))
 
 
 # --- the run ------------------------------------------------------------------------------------------------------
 
 
 def train(run: RunConfig, *, overwrite: bool = False, progress: Callable[[Progress], None] | None = None) -> Path:
-    """Trains a model, or goes on with it, and returns its folder.
+    """Trains a model, or goes on with it, and returns its folder; under torchrun together with the other processes.
 
     Args:
         run: Network and training; `model.vocab_size` gives way to that of the data's tokenizer.
         overwrite: Start again, whatever the folder holds of an earlier run.
-        progress: Called after every step.
+        progress: Called after every step, on the first rank.
 
     Raises:
         ConfigError: Settings that cannot work, or that differ from those the run was begun with (but for `CHANGEABLE`).
         FormatError, MismatchError: Of the training data, or of what the folder holds.
-        TrainingError: Loss or gradient is not finite. The step was not made, and its batch is saved.
+        TrainingError: Loss or gradient is not finite: the step was not made, and its batch is saved. Or another rank was lost.
         KeyboardInterrupt: After SIGINT or SIGTERM, when the step is finished and saved.
+        SystemExit: On the ranks that need not report the error that another one reports.
     """
-    parts = setup(run)
-    out, steps = Path(run.train.out), run.train.steps
-    with artifact.writing(out):
-        finished = artifact.begin(out, KIND, parts.recipe, overwrite=overwrite)
-        state = load_training(out, parts.model, parts.optimizer) or TrainingState()
-        if state.step > steps:
-            raise ConfigError(f"{out} has had {state.step} steps already: set train.steps to that or more")
-        if finished and state.step == steps:
-            logger.info("%s is finished: %d steps", out, steps)
+    config = run.train
+    out = Path(config.out)
+    with (
+        joined(rank_device(config.device, resolve_device), timeout_s=config.timeout_s) as ranks,
+        contextlib.ExitStack() as stack,
+    ):
+        parts = ranks.together(lambda: setup(run, ranks))
+
+        def begin() -> bool:
+            stack.enter_context(artifact.writing(out))
+            return artifact.begin(out, KIND, parts.recipe, overwrite=overwrite)
+
+        finished = ranks.on_first(begin)
+        ranks.together(lambda: _check_shared(out))
+        state = load_training(out, parts.model, parts.optimizer, ranks) or TrainingState()
+        metrics = ranks.on_first(lambda: _opened(parts, out, state, finished=finished))
+        if metrics is None:
+            logger.info("%s is finished: %d steps", out, state.step)
             return out
-        if finished:  # more steps are asked for
-            artifact.reopen(out, KIND, parts.recipe)
-        if state.step:
-            logger.info("going on with %s after step %d of %d", out, state.step, steps)
-        metrics = Metrics(out, state.step)
         with _interrupts() as interrupted:
-            state = _steps(parts, out, state, metrics, progress, interrupted)
+            state = _steps(parts, out, state, metrics, progress if ranks.is_first else None, interrupted)
         _complete(parts, out, state, metrics)
     return out
+
+
+def _check_shared(out: Path) -> None:
+    """The first rank has just put something there."""
+    if not any((out / name).is_file() for name in (artifact.UNFINISHED, artifact.MANIFEST)):
+        raise ConfigError(f"{out} is not the same folder on all machines: give a train.out that they share")
+
+
+def _opened(parts: Setup, out: Path, state: TrainingState, *, finished: bool) -> Metrics | None:
+    """Makes the folder ready for more steps; None where there are none to be made."""
+    steps = parts.run.train.steps
+    if state.step > steps:
+        raise ConfigError(f"{out} has had {state.step} steps already: set train.steps to that or more")
+    if finished and state.step == steps:
+        return None
+    if finished:  # more steps are asked for
+        artifact.reopen(out, KIND, parts.recipe)
+    if state.step:
+        logger.info("going on with %s after step %d of %d", out, state.step, steps)
+    return Metrics(out, state.step)
 
 
 def _steps(
@@ -328,14 +419,15 @@ def _steps(
     progress: Callable[[Progress], None] | None,
     interrupted: Callable[[], bool],
 ) -> TrainingState:
-    """Trains from `state` to the last step."""
-    config = parts.run.train
+    """Trains from `state` to the last step. All ranks go through it alike; the first one writes."""
+    config, ranks = parts.run.train, parts.ranks
     validation = _open_held_out(parts, "valid")
     begun, done = time.monotonic(), state
     meter = _Meter()
     for step in range(state.step + 1, config.steps + 1):
         rate = learning_rate(config, step)
-        batch = parts.batches.batch(state.sequence, config.batch_size, neighbor_dropout=config.neighbor_dropout)
+        first, size = ranks.part(state.sequence, config.batch_size)
+        batch = parts.batches.batch(first, size, neighbor_dropout=config.neighbor_dropout)
         result = _guarded_step(parts, out, batch, step, rate)
         state = TrainingState(
             step=step,
@@ -346,17 +438,20 @@ def _steps(
         tokens_per_s = meter.add(result.tokens)
         if progress is not None:
             progress(Progress(step, config.steps, result.loss_nats, tokens_per_s))
-        last, stop = step == config.steps, interrupted()
+        last, stop = step == config.steps, ranks.any(interrupted())
         if last or step % config.log_every == 0:
-            metrics.append(_record(parts, state, result, rate, tokens_per_s))
+            if ranks.is_first:
+                metrics.append(_record(parts, state, result, rate, tokens_per_s))
             meter = _Meter()
         if last or step % config.eval_every == 0:
-            if validation is not None:
-                metrics.append({"step": step, **_evaluated(parts, validation, "valid", config.eval_sequences)})
-            metrics.draw()
+            losses = None if validation is None else _evaluated(parts, validation, "valid", config.eval_sequences)
+            if ranks.is_first:
+                if losses is not None:
+                    metrics.append({"step": step, **losses})
+                metrics.draw()
             meter = _Meter()
         if last or stop or step % config.save_every == 0:
-            save_training(out, parts.model, parts.optimizer, state)
+            save_training(out, parts.model, parts.optimizer, state, ranks=ranks)
             meter = _Meter()
         if stop:
             raise KeyboardInterrupt
@@ -364,8 +459,19 @@ def _steps(
 
 
 def _guarded_step(parts: Setup, out: Path, batch: Batch, step: int, rate: float) -> StepResult:
-    """`train_step`; where it refuses, the batch is saved for whoever looks for the reason."""
-    config = parts.run.train
+    """`train_step`; where it refuses, the batch is saved for whoever looks for the reason: by the rank whose loss is not finite."""
+    config, ranks = parts.run.train, parts.ranks
+
+    def refuse(error: TrainingError) -> None:
+        if isinstance(error, _ElsewhereError):
+            return
+        path = out / f"failed-batch-{step:08d}{f'-rank-{ranks.rank}' if ranks.size > 1 else ''}.safetensors"
+        save_tensors(path, batch.tensors())
+        raise TrainingError(
+            f"step {step}: {error}. The step was not made and its batch is in {path}. "
+            "Mostly the learning rate is too high: lower train.learning_rate and start again with --overwrite"
+        ) from error
+
     try:
         return train_step(
             parts.model,
@@ -375,14 +481,12 @@ def _guarded_step(parts: Setup, out: Path, batch: Batch, step: int, rate: float)
             rate=rate,
             grad_clip=config.grad_clip,
             dtype=parts.dtype,
+            ranks=ranks,
         )
     except TrainingError as error:
-        path = out / f"failed-batch-{step:08d}.safetensors"
-        save_tensors(path, batch.tensors())
-        raise TrainingError(
-            f"step {step}: {error}. The step was not made and its batch is in {path}. "
-            "Mostly the learning rate is too high: lower train.learning_rate and start again with --overwrite"
-        ) from error
+        refused = error
+    ranks.together(lambda: refuse(refused))
+    raise refused
 
 
 def _open_held_out(parts: Setup, split: str) -> Batches | None:
@@ -396,7 +500,12 @@ def _evaluated(parts: Setup, batches: Batches, split: str, sequences: int) -> di
     """Losses of a split as metrics."""
     config = parts.run.train
     evaluation = evaluate_loss(
-        parts.model, batches, sequences=sequences, batch_size=config.micro_batch_size, dtype=parts.dtype
+        parts.model,
+        batches,
+        sequences=sequences,
+        batch_size=config.micro_batch_size,
+        dtype=parts.dtype,
+        ranks=parts.ranks,
     )
     losses = {f"{split}_loss_{mode}_nats": loss for mode, loss in evaluation.loss_nats.items()}
     logger.info("%s over %d tokens", ", ".join(f"{k} {v:.4f}" for k, v in losses.items()), evaluation.tokens)
@@ -420,8 +529,13 @@ def _complete(parts: Setup, out: Path, state: TrainingState, metrics: Metrics) -
     if test is not None:
         figures |= _evaluated(parts, test, "test", 0)
     figures["settings"] = config_to_dict(parts.run.train)
-    prune_training(out, keep=1)
-    save_model(out, parts.model, parts.data.tokenizer, training=figures, recipe=parts.recipe)
+    weights = whole_state(parts.model, parts.ranks)
+
+    def write() -> None:
+        prune_training(out, keep=1)
+        save_model(out, parts.model, parts.data.tokenizer, weights=weights, training=figures, recipe=parts.recipe)
+
+    parts.ranks.on_first(write)
     logger.info(
         "%s is finished: %d steps, %s, %.0f tokens/s",
         out,

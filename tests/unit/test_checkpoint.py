@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from builders import one_thread, toy_model_config, toy_tokenizer
 from torch.testing import assert_close
@@ -32,6 +33,7 @@ from retro.train import make_optimizer
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 INPUTS = torch.arange(2, 18).view(1, 16)
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 
 def make_model(seed: int = 0, **changes: Any) -> Retro:
@@ -169,6 +171,30 @@ def test_nothing_saved_is_nothing_to_go_on_from(tmp_path: Path) -> None:
     assert load_training(tmp_path, *stepped(0)) is None
 
 
+def test_a_state_is_plain_safetensors_of_weights_and_moments(tmp_path: Path) -> None:
+    model, optimizer = stepped(0)
+    save_training(tmp_path, model, optimizer, TrainingState(step=1))
+    place = tmp_path / TRAINING / "step-00000001"
+    assert sorted(path.name for path in place.iterdir()) == [SHARD, "state.json"]
+    found = safetensors.torch.load_file(place / SHARD)
+    expected = {f"weights/{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        expected |= {f"optimizer/{name}/{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+    assert any(name.endswith("/exp_avg_sq") for name in expected)
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_state_of_another_network_is_a_mismatch(tmp_path: Path) -> None:
+    save_training(tmp_path, *stepped(0), TrainingState(step=1))
+    for changes, message in (
+        ({"ffw_dim": 40}, r"is \[32, 16\] instead of \[40, 16\]"),
+        ({"num_layers": 3}, "is missing"),
+    ):
+        other = make_model(**changes)
+        with pytest.raises(MismatchError, match=message):
+            load_training(tmp_path, other, make_optimizer(other, TrainConfig()))
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -186,12 +212,9 @@ def corrupt_state(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("weights.safetensors", truncate),
-        ("weights.safetensors", alter),
-        ("weights.safetensors", Path.unlink),
-        ("optimizer.safetensors", truncate),
-        ("optimizer.safetensors", alter),
-        ("optimizer.safetensors", Path.unlink),
+        (SHARD, truncate),
+        (SHARD, alter),
+        (SHARD, Path.unlink),
         ("state.json", truncate),
         ("state.json", corrupt_state),
         ("state.json", Path.unlink),
@@ -210,7 +233,8 @@ def test_a_damaged_state_gives_way_to_the_one_before(
     with caplog.at_level(logging.WARNING):
         state = load_training(tmp_path, model, optimizer)
     assert state == TrainingState(step=1)
-    assert (str(newest) in caplog.text) == bool(name)
+    warned = " ".join(record.getMessage() for record in caplog.records if record.name == "retro.checkpoint")
+    assert (str(newest) in warned) == bool(name)
     for ours, theirs in zip(older.parameters(), model.parameters(), strict=True):
         assert_close(theirs, ours, rtol=0, atol=0)
 
@@ -218,7 +242,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(
 def test_a_damaged_state_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
     model, optimizer = stepped(0)
     save_training(tmp_path, model, optimizer, TrainingState(step=1))
-    alter(tmp_path / TRAINING / "step-00000001" / "weights.safetensors")
+    alter(tmp_path / TRAINING / "step-00000001" / SHARD)
     save_training(tmp_path, model, optimizer, TrainingState(step=1))
     assert load_training(tmp_path, model, optimizer) == TrainingState(step=1)
 
@@ -227,6 +251,6 @@ def test_no_intact_state_is_an_error_that_says_what_to_do(tmp_path: Path) -> Non
     model, optimizer = stepped(0)
     for step in (1, 2):
         save_training(tmp_path, model, optimizer, TrainingState(step=step))
-        alter(tmp_path / TRAINING / f"step-{step:08d}" / "optimizer.safetensors")
+        alter(tmp_path / TRAINING / f"step-{step:08d}" / SHARD)
     with pytest.raises(FormatError, match=r"none of the 2 checkpoints .* --overwrite"):
         load_training(tmp_path, model, optimizer)
