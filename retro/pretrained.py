@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retro.cca import Cache
 from retro.config import BaseConfig
 from retro.errors import ConfigError, DependencyError, MismatchError
 
@@ -165,6 +167,109 @@ def add_lora(base: Any, rank: int, alpha: float) -> None:
     for name, parameter in base.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
+
+
+# --- places -------------------------------------------------------------------------------------------------------
+
+
+def check_attention(base: Any) -> None:
+    """Raises a ConfigError where a base's attention takes no masks, which confine it to one document."""
+    implementation = _text(base)._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise ConfigError(
+            f"the base's attention is {implementation!r}, which takes no masks of packed documents: open it with "
+            "attn_implementation='sdpa'"
+        )
+
+
+def check_length(base: Any, columns: int, position_BT: Tensor | None) -> None:
+    """Raises a ConfigError where tokens stand at positions that a base does not know."""
+    most = getattr(base.config, "max_position_embeddings", 0)
+    if base.config.model_type not in LEARNED_POSITIONS or columns <= most:
+        return
+    tokens = columns if position_BT is None else int(position_BT.max()) + 1
+    if tokens > most:
+        raise ConfigError(
+            f"{tokens} tokens in a row, but the base knows {most} positions: take shorter sequences (train.seq_len, max_new_tokens)"
+        )
+
+
+def sequence_places(base: Any, keep_BT: Tensor, document_BL: Tensor | None, chunk_len: int) -> dict[str, Tensor]:
+    """What a base is told of packed sequences: every token sees its own document, whose tokens are counted from 0.
+
+    Args:
+        base: Opened.
+        keep_BT: True where a slot holds a token. Empty slots see empty slots.
+        document_BL: As for `Retro.hidden`.
+        chunk_len: M.
+
+    Returns:
+        `position_ids` [B, T], and `attention_mask` where there is more than one document or an empty slot.
+    """
+    T = keep_BT.shape[1]
+    segment_BT = torch.zeros_like(keep_BT, dtype=torch.long)
+    if document_BL is not None:
+        segment_BT = document_BL.repeat_interleave(chunk_len, dim=1)
+    slot_T = torch.arange(T, device=keep_BT.device)
+    begins_BT = F.pad(segment_BT[:, 1:] != segment_BT[:, :-1], (1, 0), value=True)
+    first_BT = (slot_T * begins_BT).cummax(dim=1).values
+    count_BT = F.pad(keep_BT.cumsum(1), (1, 0))
+    position_BT = (count_BT[:, 1:] - count_BT.gather(1, first_BT) - 1).clamp(min=0)
+    if not torch.compiler.is_compiling() and bool(keep_BT.all() & (first_BT == 0).all()):
+        return {"position_ids": position_BT}
+    segment_BT = segment_BT.masked_fill(~keep_BT, -1)
+    distance_TT = slot_T[:, None] - slot_T
+    sees_BTT = (segment_BT[:, :, None] == segment_BT[:, None, :]) & (distance_TT >= 0)
+    return {"position_ids": position_BT, "attention_mask": _masks(base, sees_BTT, distance_TT)}
+
+
+def cache_places(base: Any, cache: Cache, keep_BT: Tensor) -> dict[str, Tensor]:
+    """What a base is told of columns that were just added to a cache.
+
+    Args:
+        base: Opened.
+        cache: With the places of these columns.
+        keep_BT: True where one holds a token. Another sees what is before it, and itself.
+
+    Returns:
+        `position_ids` [B, T], which count a row's tokens, and `attention_mask`.
+    """
+    assert cache.keep_BT is not None
+    assert cache.at_BT is not None
+    T, S = keep_BT.shape[1], cache.keep_BT.shape[1]
+    position_BT = (cache.keep_BT.cumsum(1)[:, -T:] - 1).clamp(min=0)
+    earlier_TS = torch.ones(T, S, dtype=torch.bool, device=keep_BT.device).tril(S - T)
+    own_TS = earlier_TS & ~earlier_TS.tril(S - T - 1)
+    distance_BTS = (cache.at_BT[:, -T:, None] - cache.at_BT[:, None, :]).masked_fill(own_TS, 0)
+    sees_BTS = cache.keep_BT[:, None, :] & earlier_TS | own_TS
+    return {"position_ids": position_BT, "attention_mask": _masks(base, sees_BTS, distance_BTS)}
+
+
+def _masks(base: Any, sees_BTS: Tensor, distance_BTS: Tensor) -> Any:
+    """A base's `attention_mask`; several by name where its layers differ."""
+    config = _text(base)
+    window = getattr(config, "sliding_window", None)
+    near_BTS = sees_BTS if window is None else sees_BTS & (distance_BTS < window)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return _mask(base, near_BTS)
+    masks = {"full_attention": sees_BTS, "sliding_attention": near_BTS}
+    other = set(kinds) - set(masks)
+    if other:
+        raise ConfigError(f"the base has layers of the kind {', '.join(sorted(other))}, which are not supported")
+    return {kind: _mask(base, masks[kind]) for kind in set(kinds)}
+
+
+def _mask(base: Any, sees_BTS: Tensor) -> Tensor:
+    """Boolean for fused attention, which is added to logits otherwise."""
+    if _text(base)._attn_implementation == "sdpa":
+        return sees_BTS[:, None]
+    lowest = torch.finfo(base.dtype).min
+    return torch.zeros_like(sees_BTS, dtype=base.dtype).masked_fill(~sees_BTS, lowest)[:, None]
+
+
+def _text(base: Any) -> Any:
+    return base.config.get_text_config(decoder=True)
 
 
 # --- the same base ------------------------------------------------------------------------------------------------
