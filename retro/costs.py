@@ -6,7 +6,6 @@ products alone are counted; everything else is a few thousandths of them.
 
 import functools
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -346,54 +345,3 @@ def _activation_bytes(config: ModelConfig, T: int, neighbors: int, R: int, size:
     return (
         config.num_layers * layer + len(config.cca_layers) * cca + config.encoder_layers * encoder_layer + cross + ends
     )
-
-
-# --- retrofit: a pretrained base --------------------------------------------------------------------------------------
-
-NF4_BITS = 4.5
-"""A number in 4 bits, and a float32 scale for every 64 (arXiv:2305.14314, section 3, without double quantization)."""
-
-
-def lora_parameters(matrices: Iterable[tuple[int, int]], rank: int) -> int:
-    """Numbers that low-rank adapters add to matrices of these shapes (arXiv:2106.09685, section 4.1)."""
-    return sum(rank * (rows + columns) for rows, columns in matrices)
-
-
-def retrofit_memory(
-    *, base_matrices: int, base_other: int, added: int, lora: int, base_bits: int = 16, ranks: int = 1
-) -> dict[str, Memory]:
-    """Weights, gradients and moments of retrofitting a pretrained base, by what becomes of the base. Activations come besides.
-
-    Args:
-        base_matrices: Parameters of the base that quantization can shrink.
-        base_other: Its others: embeddings, norms, biases.
-        added: Parameters of encoder and CCA, always trained.
-        lora: Parameters of the adapters.
-        base_bits: Of a frozen number of the base, where it is not quantized.
-        ranks: Devices that share all of it.
-
-    Returns:
-        "full": everything is trained; "frozen": encoder and CCA alone; "lora": and adapters; "4-bit": as lora, the base in NF4.
-    """
-    base = base_matrices + base_other
-    quantized = (NF4_BITS * base_matrices + base_bits * base_other) / max(base, 1)
-    return {
-        "full": state_memory(base + added, ranks=ranks),
-        "frozen": state_memory(added, base, frozen_bits=base_bits, ranks=ranks),
-        "lora": state_memory(added + lora, base, frozen_bits=base_bits, ranks=ranks),
-        "4-bit": state_memory(added + lora, base, frozen_bits=quantized, ranks=ranks),
-    }
-
-
-def retrofit_flops(base: float, added: float, *, full: bool, through: float = 1.0) -> float:
-    """FLOPs of forward and backward pass of a retrofitted base.
-
-    A frozen matrix has no gradient of its own, but hands on that of its input, where something below it is trained.
-
-    Args:
-        base: Forward FLOPs of the base.
-        added: Forward FLOPs of encoder and CCA.
-        full: Whether the base is trained too.
-        through: Share of the base's FLOPs that gradients run through: the layers from min(P) on; all of them with adapters.
-    """
-    return 3 * added + (3 * base if full else (1 + through) * base)

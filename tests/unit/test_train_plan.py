@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from builders import one_thread, random_training_data, toy_model_config, toy_run
 from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
 from torch import Tensor
@@ -28,11 +29,8 @@ from retro.costs import (
     Memory,
     device_peak_flops,
     forward_flops,
-    lora_parameters,
     mfu,
     parameter_counts,
-    retrofit_flops,
-    retrofit_memory,
     state_memory,
     training_flops,
     training_memory,
@@ -41,6 +39,7 @@ from retro.dry_run import RunPlan, Timing, measure_training
 from retro.errors import ConfigError, MismatchError
 from retro.model import Retro
 from retro.plan import GPU_RESERVE, LAWS, plan_training, twenty_tokens_per_parameter
+from retro.retrofit_costs import base_flops, lora_parameters, matrix_shapes, retrofit_flops, retrofit_memory
 from retro.train import setup, train
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
@@ -392,6 +391,40 @@ def test_a_frozen_base_is_spared_the_gradients_of_its_matrices() -> None:
     # The trained matrix hands on no gradient where nothing below is trained.
     assert retrofit_flops(2 * product, product, full=False, through=0.5) - product == counter.get_total_flops()
     assert retrofit_flops(2.0, 1.0, full=True) == 9.0
+
+
+def tiny_base(kind: str) -> Any:
+    if kind == "gpt2":
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=100, n_positions=64)
+        )
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=100,
+        )
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_flops_and_adapters_of_a_base_are_those_that_pytorch_and_peft_count(kind: str) -> None:
+    base = tiny_base(kind)
+    shapes = matrix_shapes(base)
+    with torch.no_grad(), counted() as counter:
+        base(torch.randint(100, (1, 40)))
+    flops = base_flops(shapes, dim=32, vocab_size=100, num_layers=2, inner=32, seq_len=40)
+    assert flops == counter.get_total_flops()
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=4, target_modules="all-linear", fan_in_fan_out=kind == "gpt2")
+    adapted = peft.get_peft_model(base, settings)
+    added = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
+    assert lora_parameters(shapes, 4) == added > 0
+    assert matrix_shapes(adapted) == shapes
 
 
 # --- compute-optimal sizes ----------------------------------------------------------------------------------------
