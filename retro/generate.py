@@ -122,7 +122,7 @@ class Lookup:
         return [passages.get(text) for text in texts]
 
     def neighbors(
-        self, ids: Sequence[list[int]], lead: Sequence[int], before: Sequence[int], chunk_len: int
+        self, ids: Sequence[list[int]], lead: Sequence[int], before: Sequence[int], chunk_len: int, *, skip: int = 0
     ) -> tuple[Tensor, Tensor] | None:
         """Neighbors of the chunks that rows finish by new tokens.
 
@@ -131,21 +131,23 @@ class Lookup:
             lead: Empty slots before each row's first token.
             before: How many tokens each row had before.
             chunk_len: M.
+            skip: Each row's first so many chunks are not looked up and get no neighbors.
 
         Returns:
             Ids and keep [B, L, K, R], on the CPU, where L counts from each row's unfinished chunk on, as `Retro.hidden` takes them;
-            None where no chunk is finished.
+            None where no chunk is looked up.
         """
         chunks: list[tuple[list[int], int, int]] = []
         counts: list[int] = []
         for row, start, old in zip(ids, lead, before, strict=True):
             numbers = range((start + old) // chunk_len, (start + len(row)) // chunk_len)
-            chunks += [(row, max(c * chunk_len - start, 0), (c + 1) * chunk_len - start) for c in numbers]
-            counts.append(len(numbers))
+            chunks += [(row, max(c * chunk_len - start, 0), (c + 1) * chunk_len - start) for c in numbers[skip:]]
+            counts.append(len(numbers[skip:]))
         if not chunks:
             return None
         found = iter(self.passages(chunks))
-        texts = [[[passage.full_text for passage in next(found) or []] for _ in range(count)] for count in counts]
+        none: list[list[str]] = [[] for _ in range(skip)]
+        texts = [none + [[passage.full_text for passage in next(found) or []] for _ in range(n)] for n in counts]
         return neighbor_tensors(texts, self.tokenizer, self.num_neighbors, self.neighbor_len)
 
 

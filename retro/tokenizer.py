@@ -86,8 +86,10 @@ class Tokenizer:
 
     @classmethod
     def wrap(cls, backend: tokenizers.Tokenizer) -> "Tokenizer":
-        """Takes a tokenizers.Tokenizer; truncation and padding are switched off in a copy."""
-        backend = tokenizers.Tokenizer.from_str(backend.to_str())
+        """Takes a tokenizers.Tokenizer; truncation, padding and what puts special tokens around a text are gone in a copy."""
+        content = json.loads(backend.to_str())
+        content["post_processor"] = _without_template(content.get("post_processor"))
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
@@ -131,9 +133,23 @@ class Tokenizer:
             raise ConfigError("there is no text to train a tokenizer on")
         return cls.wrap(backend)
 
-    def save(self, folder: Path) -> None:
-        """Writes `tokenizer.json` into a folder."""
-        write_atomically(folder / TOKENIZER_FILE, lambda file: file.write(self.backend.to_str(pretty=True).encode()))
+    def save(self, folder: Path, *, with_bos: bool = False) -> None:
+        """Writes `tokenizer.json` into a folder.
+
+        Args:
+            folder: It may not be there yet.
+            with_bos: Whoever lets the library add special tokens, as Hugging Face transformers do, gets BOS in front of a text.
+        """
+        backend = self.backend
+        if with_bos:
+            backend = tokenizers.Tokenizer.from_str(backend.to_str())
+            bos = str(backend.id_to_token(self.bos_id))
+            template = tokenizers.processors.TemplateProcessing(
+                single=[bos, "$A"], pair=[bos, "$A:0", "$B:1"], special_tokens=[(bos, self.bos_id)]
+            )
+            steps = [step for step in (backend.post_processor, template) if step is not None]
+            backend.post_processor = steps[0] if len(steps) == 1 else tokenizers.processors.Sequence(steps)
+        write_atomically(folder / TOKENIZER_FILE, lambda file: file.write(backend.to_str(pretty=True).encode()))
 
     @property
     def vocab_size(self) -> int:
@@ -184,6 +200,16 @@ def pieces(text: str) -> Iterator[str]:
         start = match.start()
     if start < len(text):
         yield text[start:]
+
+
+def _without_template(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A post-processor but for templates of special tokens, which have no part in what is encoded here."""
+    if step is None or step["type"] == "TemplateProcessing":
+        return None
+    if step["type"] != "Sequence":
+        return step
+    kept = [inner for inner in map(_without_template, step["processors"]) if inner is not None]
+    return kept[0] if len(kept) == 1 else {**step, "processors": kept} if kept else None
 
 
 def _first_id(backend: Any, names: tuple[str, ...]) -> int:
