@@ -6,18 +6,21 @@
       tokenizer.json, tokenizer_config.json, generation_config.json     the last two for Hugging Face transformers
       README.md            model card
       metrics.jsonl, loss.png     written by train.py
-      training/step-00000200/     weights.safetensors, optimizer.safetensors, state.json
+      training/step-00000200/     shard-*.safetensors, one for each rank that trained, and state.json
       manifest.json        written last
 
 While a model trains, the newest two states are kept in `training/`, so that a damaged one costs little. A finished model keeps the
 newest, from which training goes on when more steps are asked for; like every other file it stands in the manifest.
+
+States are written and read by torch.distributed.checkpoint, each rank its part, so that any number of ranks can go on from what any
+number has saved.
 """
 
 import contextlib
-import hashlib
 import logging
-import os
 import shutil
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +45,8 @@ from retro.artifact import (
     write_json,
 )
 from retro.config import GenerateConfig, ModelConfig, config_from_dict, config_to_dict
-from retro.errors import FormatError, MismatchError
+from retro.distributed import ALONE, Ranks
+from retro.errors import FormatError, MismatchError, StorageError
 from retro.model import Retro
 from retro.tokenizer import Tokenizer
 
@@ -51,7 +55,9 @@ logger = logging.getLogger(__name__)
 KIND = "model"
 CONFIG, WEIGHTS, CARD, TRAINING = "config.json", "model.safetensors", "README.md", "training"
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
-_STATE, _STATE_WEIGHTS, _STATE_OPTIMIZER = "state.json", "weights.safetensors", "optimizer.safetensors"
+_STATE = "state.json"
+_WEIGHTS, _OPTIMIZER = "weights/", "optimizer/"
+"""How the names of tensors in a state begin."""
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -154,14 +160,9 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Retro,
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """One safetensors file, atomically."""
-    content = _serialized(tensors)
-    write_atomically(path, lambda file: file.write(content))
-
-
-def _serialized(tensors: dict[str, Tensor]) -> bytes:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content: bytes = safetensors.torch.save(plain, metadata={"format": "pt"})
-    return content
+    content = safetensors.torch.save(plain, metadata={"format": "pt"})
+    write_atomically(path, lambda file: file.write(content))
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
@@ -176,13 +177,18 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
 def _load_weights(model: Retro, tensors: dict[str, Tensor], path: Path) -> None:
     """Copies tensors into the network's own memory, so that their place in a file cannot change any rounding."""
-    own = model.state_dict()
-    problems = [f"{name} is missing" for name in own if name not in tensors]
-    problems += [f"{name} is unknown" for name in tensors if name not in own]
+    _check_shapes(model, {name: tensor.shape for name, tensor in tensors.items()}, path)
+    model.load_state_dict(tensors)
+
+
+def _check_shapes(model: Retro, shapes: Mapping[str, torch.Size], path: Path) -> None:
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    problems = [f"{name} is missing" for name in own if name not in shapes]
+    problems += [f"{name} is unknown" for name in shapes if name not in own]
     problems += [
-        f"{name} is {list(tensors[name].shape)} instead of {list(own[name].shape)}"
+        f"{name} is {list(shapes[name])} instead of {list(own[name])}"
         for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
+        if name in shapes and shapes[name] != own[name]
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -190,7 +196,6 @@ def _load_weights(model: Retro, tensors: dict[str, Tensor], path: Path) -> None:
             f"{path} does not fit the network in {CONFIG}: {'; '.join(problems[:3])}{more}. "
             "Take both files from the same model"
         )
-    model.load_state_dict(tensors)
 
 
 def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -284,36 +289,60 @@ class TrainingState:
 
 
 def save_training(
-    folder: Path, model: Retro, optimizer: torch.optim.Optimizer, state: TrainingState, *, keep: int = 2
+    folder: Path,
+    model: Retro,
+    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
+    *,
+    keep: int = 2,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Writes the state of training below the model's folder, whole or not at all, and deletes all but the newest `keep`.
+
+    Args:
+        folder: The model; the same for all ranks.
+        model: What this rank holds of it.
+        optimizer: Of its parameters.
+        state: How far training has come.
+        keep: How many states remain.
+        ranks: Those that train together; each writes a file.
 
     Raises:
         StorageError: It cannot be written.
     """
     place = folder / TRAINING / f"step-{state.step:08d}"
     temporary = place.with_name(place.name + TEMPORARY)
-    try:
+
+    @_as_storage_errors(place)
+    def prepare() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        digests = {}
-        for name, tensors in (
-            (_STATE_WEIGHTS, model.state_dict()),
-            (_STATE_OPTIMIZER, _optimizer_tensors(model, optimizer)),
-        ):
-            content = _serialized(tensors)
-            digests[name] = hashlib.sha256(content).hexdigest()
-            _write_through(temporary / name, content)
+
+    @_as_storage_errors(place)
+    def write() -> None:
+        _write_parts(temporary, _tensors(model, optimizer), ranks)
+
+    @_as_storage_errors(place)
+    def complete(digests: dict[str, str]) -> None:
         write_json(temporary / _STATE, {**asdict(state), "sha256": digests})
         if place.exists():
             shutil.rmtree(place)  # a damaged one of the same step, that training went back before
         temporary.rename(place)
         sync_folder(place.parent)
-    except OSError as error:
+
+    try:
+        ranks.on_first(prepare)
+        ranks.together(write)
+        names = ranks.on_first(lambda: sorted(path.name for path in temporary.iterdir()))
+        own = {name: sha256(temporary / name) for name in names[ranks.rank :: ranks.size]}
+        digests = {name: digest for part in ranks.gather(own) for name, digest in part.items()}
+        ranks.on_first(lambda: complete(dict(sorted(digests.items()))))
+    except StorageError:
         with contextlib.suppress(OSError):
             shutil.rmtree(temporary)
-        raise storage_error(place, error) from error
-    prune_training(folder, keep=keep)
+        raise
+    if ranks.is_first:
+        prune_training(folder, keep=keep)
 
 
 def prune_training(folder: Path, *, keep: int) -> None:
@@ -322,8 +351,10 @@ def prune_training(folder: Path, *, keep: int) -> None:
         shutil.rmtree(place)
 
 
-def load_training(folder: Path, model: Retro, optimizer: torch.optim.Optimizer) -> TrainingState | None:
-    """Puts the newest intact state into a network and its optimizer, wherever they are.
+def load_training(
+    folder: Path, model: Retro, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE
+) -> TrainingState | None:
+    """Puts the newest intact state into a network and its optimizer, wherever they are and however many ranks saved it.
 
     A damaged state is reported by a warning, and the one before is taken.
 
@@ -334,17 +365,18 @@ def load_training(folder: Path, model: Retro, optimizer: torch.optim.Optimizer) 
         FormatError: States were saved, but none of them is intact.
         MismatchError: They are of another network.
     """
-    places = _places(folder)
+    places = ranks.on_first(lambda: _places(folder))
     for place in places:
+        state, problem = None, None
         try:
-            state = _read_state(place)
-            weights = _load_tensors(place / _STATE_WEIGHTS)
-            moments = _load_tensors(place / _STATE_OPTIMIZER)
+            state = _read_state(place, ranks)
         except FormatError as error:
-            logger.warning("the checkpoint %s is left out: %s", place, error)
+            problem = error
+        problems = [str(found) for found in ranks.gather(problem) if found is not None]
+        if problems or state is None:
+            logger.warning("the checkpoint %s is left out: %s", place, problems[0])
             continue
-        _load_weights(model, weights, place / _STATE_WEIGHTS)
-        _load_optimizer(model, optimizer, moments)
+        ranks.together(lambda place=place: _read_parts(place, model, optimizer, ranks))  # type: ignore[misc]
         return state
     if places:
         raise FormatError(
@@ -359,16 +391,15 @@ def _places(folder: Path) -> list[Path]:
     return sorted((path for path in found if not path.name.endswith(TEMPORARY)), reverse=True)
 
 
-def _read_state(place: Path) -> TrainingState:
-    """Reads state.json and checks the files it speaks of."""
+def _read_state(place: Path, ranks: Ranks) -> TrainingState:
+    """Reads state.json and checks this rank's share of the files it speaks of."""
     content = read_json(place / _STATE)
     try:
-        digests = content.pop("sha256")
+        digests = sorted(content.pop("sha256").items())
         state = TrainingState(**content)
-        expected = {name: digests[name] for name in (_STATE_WEIGHTS, _STATE_OPTIMIZER)}
     except (AttributeError, KeyError, TypeError) as error:
         raise FormatError(f"{place / _STATE} is damaged: {error!r}") from error
-    for name, digest in expected.items():
+    for name, digest in digests[ranks.rank :: ranks.size]:
         if not (place / name).is_file():
             raise FormatError(f"{place / name} is missing")
         if sha256(place / name) != digest:
@@ -376,28 +407,73 @@ def _read_state(place: Path) -> TrainingState:
     return state
 
 
-def _optimizer_tensors(model: Retro, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as `parameter/name`; a parameter that never had a gradient has none."""
-    return {
-        f"{parameter_name}/{name}": value
+def _tensors(model: Retro, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """A state by names: weights, and the optimizer's `parameter/name`; a parameter that never had a gradient has none of these."""
+    moments = {
+        f"{_OPTIMIZER}{parameter_name}/{name}": value
         for parameter_name, parameter in model.named_parameters()
         for name, value in optimizer.state.get(parameter, {}).items()
     }
+    return {_WEIGHTS + name: tensor for name, tensor in model.state_dict().items()} | moments
 
 
-def _load_optimizer(model: Retro, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    optimizer.state.clear()
+def _write_parts(place: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    """Writes this rank's part of some tensors, with the others."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    writer = HuggingFaceStorageWriter(str(place), save_distributed=True)
+    with _failing_as_it_did(), _without_warning_of_one_process():
+        save(tensors, storage_writer=writer, no_dist=ranks.size == 1)
+
+
+def _read_parts(place: Path, model: Retro, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """Copies a state into the memory of network and optimizer, with the others."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = HuggingFaceStorageReader(str(place))
+    entries = reader.read_metadata().state_dict_metadata
+    saved = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    shapes = {name.removeprefix(_WEIGHTS): entry.size for name, entry in saved.items() if name.startswith(_WEIGHTS)}
+    _check_shapes(model, shapes, place)
     parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
-        parameter_name, _, name = key.rpartition("/")
-        parameter = parameters[parameter_name]
-        own = torch.empty(value.shape, dtype=value.dtype, device=parameter.device)
-        optimizer.state[parameter][name] = own.copy_(value)
+    optimizer.state.clear()
+    for key, entry in saved.items():
+        if key.startswith(_OPTIMIZER):
+            parameter_name, _, name = key.removeprefix(_OPTIMIZER).rpartition("/")
+            parameter = parameters[parameter_name]
+            if entry.size == parameter.shape:
+                value = torch.zeros_like(parameter.detach(), dtype=entry.properties.dtype)
+            else:
+                value = torch.zeros(entry.size, dtype=entry.properties.dtype, device=parameter.device)
+            optimizer.state[parameter][name] = value
+    with _failing_as_it_did(), _without_warning_of_one_process():
+        load(_tensors(model, optimizer), storage_reader=reader, no_dist=ranks.size == 1)
 
 
-def _write_through(path: Path, content: bytes) -> None:
-    """Writes a file down to the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+@contextlib.contextmanager
+def _as_storage_errors(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise error if isinstance(error, StorageError) else storage_error(place, error) from error
+
+
+@contextlib.contextmanager
+def _failing_as_it_did() -> Iterator[None]:
+    """Takes the first failure out of the collection, no Exception, that torch.distributed.checkpoint makes of all ranks'."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as failure:
+        raise next(iter(failure.failures.values()))[0] from failure
+
+
+@contextlib.contextmanager
+def _without_warning_of_one_process() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
