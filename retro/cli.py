@@ -121,8 +121,12 @@ def train(
         print_json(config_to_dict(run))
         return
     if dry_run:
+        from retro.distributed import rank_of_environment
         from retro.dry_run import measure_training
 
+        if rank_of_environment() > 0:  # the first rank speaks for all
+            measure_training(run, overwrite=overwrite)
+            return
         with train_bar() as progress:
             report = measure_training(run, overwrite=overwrite, progress=progress).report()
         show_report(report, as_json)

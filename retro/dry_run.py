@@ -1,4 +1,7 @@
-"""What the run at hand takes: opens its data and network and times a few real steps. Nothing is written."""
+"""What the run at hand takes: opens its data and network and times a few real steps. Nothing is written.
+
+Under torchrun all ranks time them together, and the figures are those of all of them; memory is that of each.
+"""
 
 import json
 import resource
@@ -16,9 +19,10 @@ from retro.checkpoint import KIND, TrainingState, load_training
 from retro.config import RunConfig, TrainConfig
 from retro.costs import Flops, Memory, Parameters, device_peak_flops, mfu, parameter_counts, training_flops
 from retro.data import Batch
+from retro.distributed import joined, rank_device
 from retro.errors import ConfigError
 from retro.plan import digits, mean_forward, memory_report, run_memory, share_added
-from retro.train import Progress, Setup, StepResult, learning_rate, setup, train_step
+from retro.train import Progress, Setup, StepResult, learning_rate, resolve_device, setup, train_step
 
 MAX_STEPS = 10
 """Steps that are timed at most."""
@@ -54,7 +58,7 @@ class RunPlan:
     forward: Flops
     """Of a sequence, on average."""
     peak: float | None
-    """FLOP/s of the device; None where nobody knows, or where products are not in bfloat16."""
+    """FLOP/s of all devices; None where nobody knows, or where products are not in bfloat16."""
     measured_memory: int
     """Bytes: on a GPU the most that PyTorch had in use, else the most that the process had in memory, programs included."""
     memory: Memory
@@ -114,14 +118,16 @@ def measure_training(
         TrainingError: Loss or gradient is not finite.
     """
     out = run.train.out
-    parts = setup(replace(run, train=replace(run.train, out=out or "unnamed.model")))
-    state = TrainingState()
-    if out and not overwrite:
-        state = _state_of(Path(out), parts) or state
-    on_gpu = parts.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(parts.device)
-    timing = _timed(parts, state, seconds, progress)
+    named = replace(run, train=replace(run.train, out=out or "unnamed.model"))
+    with joined(rank_device(run.train.device, resolve_device), timeout_s=run.train.timeout_s) as ranks:
+        parts = ranks.together(lambda: setup(named, ranks))
+        state = TrainingState()
+        if out and not overwrite and ranks.together(lambda: _is_begun(Path(out), parts)):
+            state = load_training(Path(out), parts.model, parts.optimizer, ranks) or state
+        on_gpu = parts.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(parts.device)
+        timing = _timed(parts, state, seconds, progress)
     if on_gpu:
         name = torch.cuda.get_device_name(parts.device)
         used = torch.cuda.max_memory_allocated(parts.device)
@@ -130,34 +136,36 @@ def measure_training(
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     bfloat16 = parts.dtype == torch.bfloat16
     retrieving = _retrieving(parts, state)
+    peak = device_peak_flops(name) if bfloat16 else None
     return RunPlan(
         run=parts.run,
-        device=f"{name}, {'bfloat16' if bfloat16 else 'float32'}",
+        device=f"{f'{ranks.size} x ' if ranks.size > 1 else ''}{name}, {'bfloat16' if bfloat16 else 'float32'}",
         parameters=parameter_counts(parts.run.model),
         timing=timing,
         steps_done=state.step,
         retrieving=retrieving,
         forward=mean_forward(parts.run, retrieving),
-        peak=device_peak_flops(name) if bfloat16 else None,
+        peak=None if peak is None else peak * ranks.size,
         measured_memory=used,
         memory=run_memory(
             parts.run,
             parts.run.train.micro_batch_size,
+            ranks=ranks.size,
             bfloat16=bfloat16,
             checkpointing=parts.model.checkpointing,
         ),
     )
 
 
-def _state_of(out: Path, parts: Setup) -> TrainingState | None:
-    """What a folder holds of the run, read into the network; None where it holds nothing.
+def _is_begun(out: Path, parts: Setup) -> bool:
+    """Whether a folder holds a beginning of this run.
 
     Raises:
         ConfigError: It holds something else, as `artifact.begin` would say.
     """
     found = next((read_json(out / name) for name in (MANIFEST, UNFINISHED) if (out / name).is_file()), None)
     if found is None:
-        return None
+        return False
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise ConfigError(f"{out} holds something else than a model: choose another --out")
     if differences := list(differing(found["recipe"], json.loads(json.dumps(parts.recipe)))):
@@ -165,19 +173,19 @@ def _state_of(out: Path, parts: Setup) -> TrainingState | None:
             f"{out} was made or begun differently ({'; '.join(differences)}). Use the same settings to go on, "
             "--overwrite to start again, or another --out"
         )
-    return load_training(out, parts.model, parts.optimizer)
+    return True
 
 
 def _timed(parts: Setup, state: TrainingState, seconds: float, progress: Callable[[Progress], None] | None) -> Timing:
     """A micro batch, which prepares kernels and memory; where there is time, another one, and whole steps."""
-    config = parts.run.train
+    config, ranks = parts.run.train, parts.ranks
     deadline = time.monotonic() + seconds
     sequence = state.sequence
 
     def step(sequences: int) -> tuple[float, StepResult]:
         nonlocal sequence
         begun = time.monotonic()
-        batch = parts.batches.batch(sequence, sequences, neighbor_dropout=config.neighbor_dropout)
+        batch = parts.batches.batch(*ranks.part(sequence, sequences), neighbor_dropout=config.neighbor_dropout)
         result = _step(parts, batch, config, state.step + 1)
         if parts.device.type == "cuda":
             torch.cuda.synchronize(parts.device)
@@ -185,19 +193,24 @@ def _timed(parts: Setup, state: TrainingState, seconds: float, progress: Callabl
         sequence += sequences
         return took, result
 
-    took, result = step(config.micro_batch_size)
-    if took < seconds:
-        took, result = step(config.micro_batch_size)
-    if time.monotonic() + config.accumulation * took > deadline:
+    def is_over(more: float) -> bool:  # on any rank: all make the same steps
+        return ranks.any(time.monotonic() + more > deadline)
+
+    at_once = config.micro_batch_size * ranks.size
+    parts_of_step = config.batch_size // at_once
+    took, result = step(at_once)
+    if not is_over(took):
+        took, result = step(at_once)
+    if is_over(parts_of_step * took):
         return Timing(
-            seconds=config.accumulation * took,
-            tokens=config.accumulation * result.tokens,
-            basis=f"one micro batch of {config.micro_batch_size} sequences, times {config.accumulation}",
+            seconds=parts_of_step * took,
+            tokens=parts_of_step * result.tokens,
+            basis=f"one micro batch of {at_once} sequences, times {parts_of_step}",
             loss_nats=result.loss_nats,
         )
     times: list[float] = []
     tokens = 0
-    while not times or (len(times) < MAX_STEPS and time.monotonic() + times[-1] < deadline):
+    while not times or (len(times) < MAX_STEPS and not is_over(times[-1])):
         took, result = step(config.batch_size)
         times.append(took)
         tokens += result.tokens
@@ -220,6 +233,7 @@ def _step(parts: Setup, batch: Batch, config: TrainConfig, number: int) -> StepR
         rate=learning_rate(config, number),
         grad_clip=config.grad_clip,
         dtype=parts.dtype,
+        ranks=parts.ranks,
     )
 
 

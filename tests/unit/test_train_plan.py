@@ -3,6 +3,9 @@
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -591,8 +594,8 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(run: RunConfig, data_folder
     ("limit", "basis", "seconds"),
     [
         (0.5, "one micro batch of 2 sequences, times 2", 2.0),
-        (4.5, "one micro batch of 2 sequences, times 2", 2.0),
-        (9.5, "2 steps", 1.0),
+        (5.5, "one micro batch of 2 sequences, times 2", 2.0),
+        (14.5, "3 steps", 1.0),
     ],
 )
 def test_where_whole_steps_take_too_long_a_micro_batch_is_timed(
@@ -637,3 +640,36 @@ def test_the_command_reports_a_dry_run(retro: Callable[..., Any], data_folder: P
     assert done.code == 0, done.err
     assert json.loads(done.out)["steps_left"] == PRESETS["tiny"].train.steps
     assert not out.exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_make_a_dry_run_together_and_one_of_them_speaks(data_folder: Path, tmp_path: Path) -> None:
+    settings = ["batch_size=4", "micro_batch_size=1", "seq_len=32", "neighbor_len=12", "device=cpu"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "retro", "train"),
+            *("--preset", "tiny", "--data", data_folder, "--out", tmp_path / "m", "--set", "model.chunk_len=8"),
+            *(part for setting in settings for part in ("--set", f"train.{setting}")),
+            *("--dry-run", "--json"),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["device"].startswith("2 x cpu")
+    assert report["timed"] == "10 steps"
+    single = training_memory(
+        replace(PRESETS["tiny"].model, chunk_len=8, vocab_size=258),
+        micro_batch_size=1,
+        seq_len=32,
+        num_neighbors=2,
+        neighbor_len=12,
+        bfloat16=False,
+    )
+    assert report["estimate"]["weights_bytes"] * 2 == single.weights
+    assert not (tmp_path / "m").exists()
