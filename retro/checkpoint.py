@@ -45,7 +45,7 @@ from retro.artifact import (
     write_json,
 )
 from retro.config import GenerateConfig, ModelConfig, config_from_dict, config_to_dict
-from retro.distributed import ALONE, Ranks
+from retro.distributed import ALONE, Ranks, divided
 from retro.errors import FormatError, MismatchError, StorageError
 from retro.model import Retro
 from retro.tokenizer import Tokenizer
@@ -383,6 +383,42 @@ def load_training(
             f"none of the {len(places)} checkpoints in {folder / TRAINING} is intact: start again with --overwrite"
         )
     return None
+
+
+def save_best(folder: Path, weights: dict[str, Tensor], step: int) -> None:
+    """Keeps the weights of a step as the best so far, in the place of those before.
+
+    Raises:
+        StorageError: They cannot be written.
+    """
+    save_tensors(_best_path(folder, step), weights)
+    for path in (folder / TRAINING).glob("best-*.safetensors"):
+        if path != _best_path(folder, step):
+            path.unlink()
+
+
+def find_best(folder: Path) -> int | None:
+    """The step of the best weights that are kept; None where there are none."""
+    steps = [int(path.stem.removeprefix("best-")) for path in (folder / TRAINING).glob("best-*.safetensors")]
+    return max(steps, default=None)
+
+
+def load_best(folder: Path, model: Retro, step: int) -> None:
+    """Puts the best weights into a network, of which this rank may hold a part only.
+
+    Raises:
+        FormatError, MismatchError: They are damaged, or of another network.
+    """
+    path = _best_path(folder, step)
+    tensors = _load_tensors(path)
+    _check_shapes(model, {name: tensor.shape for name, tensor in tensors.items()}, path)
+    with torch.no_grad():
+        for name, own in model.state_dict().items():
+            own.copy_(divided(tensors[name], own))
+
+
+def _best_path(folder: Path, step: int) -> Path:
+    return folder / TRAINING / f"best-{step:08d}.safetensors"
 
 
 def _places(folder: Path) -> list[Path]:

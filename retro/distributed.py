@@ -177,9 +177,9 @@ def rank_device(name: str, resolve: Callable[[str], torch.device]) -> torch.devi
 def shard(model: Retro, device: torch.device, dtype: torch.dtype) -> None:
     """Cuts the network's parameters into one part for each rank (FSDP2), which holds no more outside a forward or backward pass.
 
-    Each matrix product is a unit that is put together when it is due; the tables, the output and the scales of the norms are
-    another one, whole during the pass. With bfloat16 the matrices travel as bfloat16, and the rest as float32, so that a pass
-    computes what it computes on a single rank under autocast. Gradients are summed in float32.
+    Each layer is a unit that is put together when it is due; the tables, the output and the last norms are another, whole during
+    the pass. With bfloat16 the layers' matrices travel as bfloat16 and all else as float32, so that a pass computes what it
+    computes on a single rank under autocast. Gradients are summed in float32.
 
     Args:
         model: On the CPU; its parameters are moved to the device part by part.
@@ -190,15 +190,15 @@ def shard(model: Retro, device: torch.device, dtype: torch.dtype) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    narrow = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if dtype == torch.bfloat16 else None,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not model.head:  # `logits` uses its weight, not its forward
-            fully_shard(module, mesh=mesh, mp_policy=narrow)
-    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+    narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in [*model.layers, *(model.encoder.layers if model.encoder is not None else ())]:
+        if dtype == torch.bfloat16:
+            for norm in layer.modules():
+                if isinstance(norm, nn.RMSNorm):
+                    fully_shard(norm, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh, mp_policy=narrow if dtype == torch.bfloat16 else exact)
+    fully_shard(model, mesh=mesh, mp_policy=exact)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -206,6 +206,15 @@ def whole(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def divided(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which every rank has, as the part of it that another one is of."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def whole_state(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:

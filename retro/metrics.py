@@ -30,7 +30,7 @@ class Lines:
     def __init__(self, path: Path, step: int) -> None:
         """Opens the file and takes the lines after `step` away, with a line that a kill cut short."""
         self.path = path
-        kept = "".join(_text(record) for record in self.read() if record["step"] <= step)
+        kept = "".join(_text(record) for record in read_lines(path) if record["step"] <= step)
         write_atomically(path, lambda file: file.write(kept.encode()))
 
     def append(self, record: dict[str, Any]) -> None:
@@ -41,16 +41,17 @@ class Lines:
         except OSError as error:
             raise storage_error(self.path, error) from error
 
-    def read(self) -> Iterator[dict[str, Any]]:
-        """The records, oldest first; a line that is no record is left out."""
-        if not self.path.is_file():
-            return
-        with self.path.open(encoding="utf-8", errors="replace") as file:
-            for text in file:
-                with contextlib.suppress(ValueError):
-                    record = json.loads(text)
-                    if isinstance(record, dict) and "step" in record:
-                        yield record
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of such a file, oldest first; a line that is no record is left out."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            with contextlib.suppress(ValueError):
+                record = json.loads(text)
+                if isinstance(record, dict) and "step" in record:
+                    yield record
 
 
 class Metrics:
@@ -100,7 +101,7 @@ class Metrics:
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """The records, oldest first; a line that is no record is left out."""
-        return self._file.read()
+        return read_lines(self._file.path)
 
     def close(self) -> None:
         """Writes out what the listeners hold back; nothing is told them afterwards."""
@@ -160,6 +161,10 @@ class Course:
             return False
         self.best_step, self.best_loss_nats, self.since_best = record["step"], record[self._key], 0
         return True
+
+    def exhausted(self, patience: int) -> bool:
+        """Whether there have been so many evaluations since the best; 0 is never."""
+        return 0 < patience <= self.since_best
 
 
 class _TensorBoard:

@@ -26,19 +26,25 @@ from retro import artifact
 from retro.checkpoint import (
     KIND,
     TrainingState,
+    find_best,
+    load_best,
     load_training,
     prune_training,
+    save_best,
     save_model,
     save_tensors,
     save_training,
 )
 from retro.chunks import TrainingData
 from retro.config import Precision, RunConfig, TrainConfig, config_to_dict
-from retro.data import Batch, Batches, Retrieval
+from retro.costs import device_peak_flops, forward_flops, mfu, training_flops
+from retro.data import Batch, Batches, Retrieval, prefetched
 from retro.distributed import ALONE, Ranks, joined, rank_device, shard, whole, whole_state, with_same_work
 from retro.errors import ConfigError, MismatchError, TrainingError
-from retro.metrics import Metrics
+from retro.metrics import METRICS, Course, Lines, Metrics, read_lines
+from retro.mixture import Mixture, corpus_seed, open_corpora
 from retro.model import Retro
+from retro.samples import SAMPLES, SamplePrompt
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +57,13 @@ CHANGEABLE = (
     "eval_every",
     "eval_sequences",
     "save_every",
+    "keep_checkpoints",
+    "patience",
+    "keep_best",
+    "sample_tokens",
+    "prefetch",
+    "tensorboard",
+    "wandb_project",
     "device",
     "compile",
     "timeout_s",
@@ -99,11 +112,12 @@ class Setup:
 
     run: RunConfig
     """As given, with the vocabulary of the data's tokenizer."""
-    data: TrainingData
+    corpora: dict[str, TrainingData]
+    """By name, in the order of the settings."""
     model: Retro
     """With initial weights, on `device`."""
     optimizer: torch.optim.AdamW
-    batches: Batches
+    batches: Batches | Mixture
     """Of the split train."""
     device: torch.device
     dtype: torch.dtype
@@ -112,6 +126,11 @@ class Setup:
     """All that determines the weights, the number of steps apart."""
     ranks: Ranks
     """The processes that train together."""
+
+    @property
+    def data(self) -> TrainingData:
+        """The first corpus: the others have its tokenizer and its length of chunks."""
+        return next(iter(self.corpora.values()))
 
 
 # --- the parts ----------------------------------------------------------------------------------------------------
@@ -123,7 +142,7 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
     Raises:
         ConfigError: A setting is missing, the data cannot serve it, or the batch cannot be divided among the ranks.
         FormatError: The data is missing or damaged.
-        MismatchError: Network and data have chunks of different lengths.
+        MismatchError: Network and data have chunks of different lengths, or several data cannot be mixed.
     """
     config = run.train
     if not config.data or not config.out:
@@ -132,14 +151,16 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
     _check_division(config, ranks)
     device = rank_device(config.device, resolve_device)
     dtype = resolve_precision(config.precision, device)
-    data = TrainingData(Path(config.data))
+    corpora = open_corpora(config.folders)
+    data = next(iter(corpora.values()))
     if data.chunk_len != run.model.chunk_len:
         raise MismatchError(
             f"{data.folder} is cut into chunks of {data.chunk_len} tokens, the model has chunk_len = "
             f"{run.model.chunk_len}: set model.chunk_len={data.chunk_len}, or make the data again"
         )
     run = replace(run, model=replace(run.model, vocab_size=data.tokenizer.vocab_size))
-    batches = open_batches(data, "train", run)
+    streams = [open_batches(corpus, "train", run, number) for number, corpus in enumerate(corpora.values())]
+    prints = [artifact.fingerprint(corpus.manifest["files"]) for corpus in corpora.values()]
     model = Retro(run.model).initialize(torch.Generator().manual_seed(config.seed))
     if ranks.size > 1:
         shard(model, device, dtype)
@@ -150,14 +171,14 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
     recipe = {
         "model": config_to_dict(run.model),
         "train": kept,
-        "data": artifact.fingerprint(data.manifest["files"]),
+        "data": prints[0] if len(prints) == 1 else prints,
     }
     return Setup(
         run=run,
-        data=data,
+        corpora=corpora,
         model=model,
         optimizer=make_optimizer(model, config),
-        batches=batches,
+        batches=streams[0] if len(streams) == 1 else Mixture(streams, config.data_weights),
         device=device,
         dtype=dtype,
         recipe=recipe,
@@ -177,15 +198,23 @@ def _check_division(config: TrainConfig, ranks: Ranks) -> None:
         )
 
 
-def open_batches(data: TrainingData, split: str, run: RunConfig) -> Batches:
-    """The sequences of a split; only those of the split train are permuted. A model without CCA gets no neighbors."""
+def open_batches(data: TrainingData, split: str, run: RunConfig, corpus: int = 0) -> Batches:
+    """The sequences of a split; only those of the split train are permuted. A model without CCA gets no neighbors.
+
+    Args:
+        data: Open.
+        split: train, valid or test.
+        run: Network and training.
+        corpus: Number of the data in a mixture.
+    """
     return Batches(
         data,
         split,
         seq_len=run.train.seq_len,
         num_neighbors=run.train.num_neighbors if run.model.cca_layers else 0,
         neighbor_len=run.train.neighbor_len,
-        seed=run.train.seed,
+        seed=corpus_seed(run.train.seed, corpus),
+        neighbor_part=run.train.neighbor_part,
         permute=split == "train",
     )
 
@@ -385,6 +414,7 @@ def train(run: RunConfig, *, overwrite: bool = False, progress: Callable[[Progre
         if metrics is None:
             logger.info("%s is finished: %d steps", out, state.step)
             return out
+        stack.callback(metrics.close)
         with _interrupts() as interrupted:
             state = _steps(parts, out, state, metrics, progress if ranks.is_first else None, interrupted)
         _complete(parts, out, state, metrics)
@@ -402,13 +432,23 @@ def _opened(parts: Setup, out: Path, state: TrainingState, *, finished: bool) ->
     steps = parts.run.train.steps
     if state.step > steps:
         raise ConfigError(f"{out} has had {state.step} steps already: set train.steps to that or more")
-    if finished and state.step == steps:
+    if finished and (state.step == steps or _is_exhausted(parts, out)):
         return None
     if finished:  # more steps are asked for
         artifact.reopen(out, KIND, parts.recipe)
     if state.step:
         logger.info("going on with %s after step %d of %d", out, state.step, steps)
-    return Metrics(out, state.step)
+    return Metrics(
+        out,
+        state.step,
+        tensorboard=parts.run.train.tensorboard,
+        wandb_project=parts.run.train.wandb_project,
+        settings=config_to_dict(parts.run),
+    )
+
+
+def _is_exhausted(parts: Setup, out: Path) -> bool:
+    return Course(read_lines(out / METRICS), _deciding_loss(parts)).exhausted(parts.run.train.patience)
 
 
 def _steps(
@@ -419,43 +459,53 @@ def _steps(
     progress: Callable[[Progress], None] | None,
     interrupted: Callable[[], bool],
 ) -> TrainingState:
-    """Trains from `state` to the last step. All ranks go through it alike; the first one writes."""
+    """Trains from `state` to the last step, or until patience ends. All ranks go through it alike; the first one writes."""
     config, ranks = parts.run.train, parts.ranks
-    validation = _open_held_out(parts, "valid")
+    validation = _Validation(parts, out, state, metrics)
     begun, done = time.monotonic(), state
     meter = _Meter()
-    for step in range(state.step + 1, config.steps + 1):
-        rate = learning_rate(config, step)
-        first, size = ranks.part(state.sequence, config.batch_size)
-        batch = parts.batches.batch(first, size, neighbor_dropout=config.neighbor_dropout)
-        result = _guarded_step(parts, out, batch, step, rate)
-        state = TrainingState(
-            step=step,
-            sequence=state.sequence + config.batch_size,
-            tokens=state.tokens + result.tokens,
-            seconds=done.seconds + time.monotonic() - begun,
+    on_gpu = parts.device.type == "cuda"
+    with prefetched(_batches_after(parts, state), depth=config.prefetch, pin=on_gpu) as batches:
+        while state.step < config.steps and not validation.course.exhausted(config.patience):
+            step, batch = state.step + 1, next(batches)
+            rate = learning_rate(config, step)
+            result = _guarded_step(parts, out, batch, step, rate)
+            state = TrainingState(
+                step=step,
+                sequence=state.sequence + config.batch_size,
+                tokens=state.tokens + result.tokens,
+                seconds=done.seconds + time.monotonic() - begun,
+            )
+            meter.add(result.tokens)
+            if progress is not None:
+                progress(Progress(step, config.steps, result.loss_nats, meter.tokens_per_s))
+            last, stop = step == config.steps, ranks.any(interrupted())
+            if last or step % config.log_every == 0:
+                if ranks.is_first:
+                    metrics.append(_record(parts, state, batch, result, rate, meter))
+                meter = _Meter()
+            if last or step % config.eval_every == 0:
+                validation.look(step)
+                meter = _Meter()
+            ended = last or validation.course.exhausted(config.patience)
+            if ended or stop or step % config.save_every == 0:
+                save_training(out, parts.model, parts.optimizer, state, keep=config.keep_checkpoints, ranks=ranks)
+                meter = _Meter()
+            if stop:
+                raise KeyboardInterrupt
+    if state.step < config.steps:
+        logger.info(
+            "the validation loss has not fallen for %d evaluations: training ends", validation.course.since_best
         )
-        tokens_per_s = meter.add(result.tokens)
-        if progress is not None:
-            progress(Progress(step, config.steps, result.loss_nats, tokens_per_s))
-        last, stop = step == config.steps, ranks.any(interrupted())
-        if last or step % config.log_every == 0:
-            if ranks.is_first:
-                metrics.append(_record(parts, state, result, rate, tokens_per_s))
-            meter = _Meter()
-        if last or step % config.eval_every == 0:
-            losses = None if validation is None else _evaluated(parts, validation, "valid", config.eval_sequences)
-            if ranks.is_first:
-                if losses is not None:
-                    metrics.append({"step": step, **losses})
-                metrics.draw()
-            meter = _Meter()
-        if last or stop or step % config.save_every == 0:
-            save_training(out, parts.model, parts.optimizer, state, ranks=ranks)
-            meter = _Meter()
-        if stop:
-            raise KeyboardInterrupt
     return state
+
+
+def _batches_after(parts: Setup, state: TrainingState) -> Iterator[Batch]:
+    """This rank's parts of the batches of the steps to come."""
+    config = parts.run.train
+    for step in range(config.steps - state.step):
+        first, size = parts.ranks.part(state.sequence + step * config.batch_size, config.batch_size)
+        yield parts.batches.batch(first, size, neighbor_dropout=config.neighbor_dropout)
 
 
 def _guarded_step(parts: Setup, out: Path, batch: Batch, step: int, rate: float) -> StepResult:
@@ -489,49 +539,122 @@ def _guarded_step(parts: Setup, out: Path, batch: Batch, step: int, rate: float)
     raise refused
 
 
-def _open_held_out(parts: Setup, split: str) -> Batches | None:
-    if len(parts.data.documents(split)) == 0:
-        logger.warning("%s has no document in the split %s: its loss is not measured", parts.data.folder, split)
-        return None
-    return open_batches(parts.data, split, parts.run)
+class _Validation:
+    """What is done at every evaluation, and what it decides."""
+
+    def __init__(self, parts: Setup, out: Path, state: TrainingState, metrics: Metrics) -> None:
+        config, ranks = parts.run.train, parts.ranks
+        self._parts, self._out, self._metrics = parts, out, metrics
+        self._held_out = _open_held_out(parts, "valid")
+        self.course = ranks.on_first(lambda: Course(metrics.lines(), _deciding_loss(parts)))
+        self._prompt: SamplePrompt | None = None
+        if config.sample_tokens and self._held_out:
+            self._prompt = SamplePrompt.choose(next(iter(self._held_out.values())))
+        if self._prompt is not None:
+            self._samples = ranks.on_first(lambda: Lines(out / SAMPLES, state.step))
+
+    def look(self, step: int) -> None:
+        """Measures the losses, keeps the best weights, writes a sample, draws the plot."""
+        parts, config, ranks = self._parts, self._parts.run.train, self._parts.ranks
+        if self._held_out:
+            record = {"step": step, **_evaluated(parts, self._held_out, "valid", config.eval_sequences)}
+            if ranks.is_first:
+                self._metrics.append(record)
+            if self.course.add(record) and config.keeps_best:
+                weights = whole_state(parts.model, ranks)
+                ranks.on_first(lambda: save_best(self._out, weights, step))
+        if self._prompt is not None:
+            sample = self._sampled(self._prompt)
+            if sample is not None:
+                self._samples.append({"step": step, **sample})
+                logger.info("sample: %r goes on %r", sample["prompt"][-80:], sample["continuation"])
+        if ranks.is_first:
+            self._metrics.draw()
+
+    def _sampled(self, prompt: SamplePrompt) -> dict[str, Any] | None:
+        """A sample of the network as it is; None on all ranks but the first, which puts the network together for it."""
+        parts, model = self._parts, self._parts.model
+        if parts.ranks.size > 1:
+            weights = whole_state(model, parts.ranks)
+            if not parts.ranks.is_first:
+                return None
+            model = Retro(parts.run.model)
+            model.load_state_dict(weights)
+            model.to(parts.device)
+        eager = torch.compiler.set_stance("force_eager") if parts.run.train.compile else contextlib.nullcontext()
+        with eager:
+            return prompt.sample(model, next(iter(self._held_out.values())), parts.run.train.sample_tokens)
 
 
-def _evaluated(parts: Setup, batches: Batches, split: str, sequences: int) -> dict[str, float]:
-    """Losses of a split as metrics."""
+def _deciding_loss(parts: Setup) -> str:
+    """Key of the validation loss that early stopping and the best model go by."""
+    return f"valid_loss_{'on' if parts.run.model.cca_layers else 'off'}_nats"
+
+
+def _open_held_out(parts: Setup, split: str) -> dict[str, Batches]:
+    """A split of the corpora that have documents in it, by their names."""
+    held_out = {}
+    for number, (name, data) in enumerate(parts.corpora.items()):
+        if len(data.documents(split)) == 0:
+            logger.warning("%s has no document in the split %s: its loss is not measured", data.folder, split)
+        else:
+            held_out[name] = open_batches(data, split, parts.run, number)
+    return held_out
+
+
+def _evaluated(parts: Setup, held_out: dict[str, Batches], split: str, sequences: int) -> dict[str, float]:
+    """Losses of a split as metrics: the mean of the corpora by their shares, and of several also each one's own."""
     config = parts.run.train
-    evaluation = evaluate_loss(
-        parts.model,
-        batches,
-        sequences=sequences,
-        batch_size=config.micro_batch_size,
-        dtype=parts.dtype,
-        ranks=parts.ranks,
-    )
-    losses = {f"{split}_loss_{mode}_nats": loss for mode, loss in evaluation.loss_nats.items()}
-    logger.info("%s over %d tokens", ", ".join(f"{k} {v:.4f}" for k, v in losses.items()), evaluation.tokens)
-    return {**losses, f"{split}_tokens": evaluation.tokens}
+    found = {
+        name: evaluate_loss(
+            parts.model,
+            batches,
+            sequences=sequences,
+            batch_size=config.micro_batch_size,
+            dtype=parts.dtype,
+            ranks=parts.ranks,
+        )
+        for name, batches in held_out.items()
+    }
+    shares = parts.batches.shares if isinstance(parts.batches, Mixture) else [1.0]
+    share = {name: share for name, share in zip(parts.corpora, shares, strict=True) if name in found}
+    losses: dict[str, float] = {}
+    for mode in next(iter(found.values())).loss_nats:
+        mean = sum(share[name] * own.loss_nats[mode] for name, own in found.items()) / sum(share.values())
+        losses[f"{split}_loss_{mode}_nats"] = mean
+        if len(parts.corpora) > 1:
+            losses |= {f"{split}_{name}_loss_{mode}_nats": own.loss_nats[mode] for name, own in found.items()}
+    tokens = sum(own.tokens for own in found.values())
+    logger.info("%s over %d tokens", ", ".join(f"{k} {v:.4f}" for k, v in losses.items()), tokens)
+    return {**losses, f"{split}_tokens": tokens}
 
 
 def _complete(parts: Setup, out: Path, state: TrainingState, metrics: Metrics) -> None:
-    """Measures the test loss and makes the folder a model."""
+    """Puts the best weights back where they are kept, measures the test loss and makes the folder a model."""
+    best = parts.ranks.on_first(lambda: find_best(out)) if parts.run.train.keeps_best else None
+    if best is not None:
+        load_best(out, parts.model, best)
     figures: dict[str, Any] = {
-        "data": parts.data.folder.name,
+        "data": ", ".join(data.folder.name for data in parts.corpora.values()),
         "steps": state.step,
         "tokens": state.tokens,
         "epochs": state.sequence / parts.batches.sequences_per_epoch,
         "seconds": round(state.seconds, 3),
     }
-    for line in metrics.lines():  # the newest remain
-        figures |= {key: value for key, value in line.items() if key.startswith("valid_")}
+    figures |= {} if best is None else {"best_step": best}
+    for line in metrics.lines():  # the newest remain, of the validation those of the weights that are kept
+        if best is None or line["step"] <= best:
+            figures |= {key: value for key, value in line.items() if key.startswith("valid_")}
         if "loss_nats" in line:
             figures["train_loss_nats"] = line["loss_nats"]
     test = _open_held_out(parts, "test")
-    if test is not None:
+    if test:
         figures |= _evaluated(parts, test, "test", 0)
     figures["settings"] = config_to_dict(parts.run.train)
     weights = whole_state(parts.model, parts.ranks)
 
     def write() -> None:
+        metrics.close()
         prune_training(out, keep=1)
         save_model(out, parts.model, parts.data.tokenizer, weights=weights, training=figures, recipe=parts.recipe)
 
@@ -546,19 +669,30 @@ def _complete(parts: Setup, out: Path, state: TrainingState, metrics: Metrics) -
 
 
 class _Meter:
-    """Tokens per second since it was made."""
+    """How quick the steps are since it was made."""
 
     def __init__(self) -> None:
         self._begun = time.monotonic()
-        self._tokens = 0
+        self._tokens = self._steps = 0
 
-    def add(self, tokens: int) -> float:
+    def add(self, tokens: int) -> None:
+        """Counts a step that is done."""
         self._tokens += tokens
-        return self._tokens / max(time.monotonic() - self._begun, 1e-9)
+        self._steps += 1
+        self._seconds = max(time.monotonic() - self._begun, 1e-9)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self._tokens / self._seconds
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step."""
+        return self._seconds / self._steps
 
 
 def _record(
-    parts: Setup, state: TrainingState, result: StepResult, rate: float, tokens_per_s: float
+    parts: Setup, state: TrainingState, batch: Batch, result: StepResult, rate: float, meter: _Meter
 ) -> dict[str, float]:
     """A step as metrics."""
     record = {
@@ -566,12 +700,35 @@ def _record(
         "loss_nats": result.loss_nats,
         "learning_rate": rate,
         "grad_norm": result.grad_norm,
-        "tokens_per_s": round(tokens_per_s, 1),
+        "tokens_per_s": round(meter.tokens_per_s, 1),
         "seconds": round(state.seconds, 3),
     }
     if parts.device.type == "cuda":
         record["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(parts.device)
+        peak = device_peak_flops(torch.cuda.get_device_name(parts.device))
+        if peak is not None and parts.dtype == torch.bfloat16:
+            record["mfu"] = utilization(parts.run, batch, meter.step_s, peak * parts.ranks.size)
     return record
+
+
+def utilization(run: RunConfig, batch: Batch, step_s: float, peak: float) -> float:
+    """Model FLOPs utilization of a step, encoder and CCA counted for the chunks of the batch that have neighbors.
+
+    Args:
+        run: Network and training.
+        batch: Of the step, or a part of it.
+        step_s: Seconds of the step.
+        peak: FLOP/s of all devices together.
+    """
+    keep_BLKR = batch.keep_BLKR
+    forward = forward_flops(
+        run.model,
+        seq_len=run.train.seq_len,
+        num_neighbors=0 if keep_BLKR is None else run.train.num_neighbors,
+        neighbor_len=run.train.neighbor_len,
+        retrieving=0.0 if keep_BLKR is None else float(keep_BLKR.flatten(2).any(dim=2).float().mean()),
+    )
+    return mfu(run.train.batch_size * training_flops(forward), step_s, peak)
 
 
 @contextlib.contextmanager

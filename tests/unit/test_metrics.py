@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from retro.errors import DependencyError
-from retro.metrics import METRICS, TENSORBOARD, Course, Lines, Metrics
+from retro.metrics import METRICS, TENSORBOARD, Course, Lines, Metrics, read_lines
 
 RECORDS: list[dict[str, Any]] = [
     {"step": 1, "loss_nats": 3.5, "seconds": 1.0},
@@ -36,8 +36,8 @@ def test_a_line_may_hold_any_text(tmp_path: Path) -> None:
     records = [{"step": 1, "text": 'a "quoted"\nline of \u2028 Łódź'}, {"step": 2, "text": ""}]
     for record in records:
         lines.append(record)
-    assert list(lines.read()) == records
-    assert list(Lines(tmp_path / "x.jsonl", 1).read()) == records[:1]
+    assert list(read_lines(lines.path)) == records
+    assert list(read_lines(Lines(tmp_path / "x.jsonl", 1).path)) == records[:1]
 
 
 # --- TensorBoard --------------------------------------------------------------------------------------------------
@@ -160,3 +160,8 @@ def test_the_course_counts_evaluations_since_the_first_lowest_loss() -> None:
 def test_a_course_without_evaluations_has_no_best() -> None:
     course = Course(iter(RECORDS[:2]), "valid_loss_on_nats")
     assert (course.best_step, course.since_best) == (None, 0)
+
+
+def test_patience_ends_after_as_many_evaluations_without_a_lower_loss() -> None:
+    course = Course(iter([{"step": n, "loss": loss} for n, loss in enumerate((2.0, 1.0, 1.5, 1.0))]), "loss")
+    assert [course.exhausted(patience) for patience in (0, 1, 2, 3)] == [False, True, True, False]
