@@ -1,6 +1,6 @@
 """What putting retrieval into a pretrained base costs, by what becomes of the base: trained, frozen, with adapters, in 4 bits."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -62,16 +62,44 @@ def matrix_shapes(base: Any) -> list[tuple[int, int]]:
     Args:
         base: A causal language model of transformers; adapters that it has already do not count.
     """
+    return [shape for _, shape in _linear_layers(base)]
+
+
+def _linear_layers(base: Any) -> Iterator[tuple[nn.Module, tuple[int, int]]]:
     head = base.get_output_embeddings()
-    shapes = []
     for name, module in base.named_modules():
-        if module is head or "lora_" in name or hasattr(module, "base_layer") or isinstance(module, nn.Embedding):
+        if module is head or "lora_" in name or hasattr(module, "base_layer"):
             continue
         if hasattr(module, "in_features") and hasattr(module, "out_features"):
-            shapes.append((int(module.in_features), int(module.out_features)))
+            yield module, (int(module.in_features), int(module.out_features))
         elif hasattr(module, "nx") and hasattr(module, "nf"):  # GPT-2's linear layer
-            shapes.append((int(module.nx), int(module.nf)))
-    return shapes
+            yield module, (int(module.nx), int(module.nf))
+
+
+def base_memory(
+    base: Any, *, added: int, lora_rank: int = 16, base_bits: int = 16, ranks: int = 1
+) -> dict[str, Memory]:
+    """`retrofit_memory` of a base that is there, whatever is done to it now (quantized, adapters).
+
+    Args:
+        base: A causal language model of transformers.
+        added: Parameters of encoder and CCA.
+        lora_rank: Of the adapters beside every matrix of `matrix_shapes`.
+        base_bits: As for `retrofit_memory`.
+        ranks: As for `retrofit_memory`.
+    """
+    layers = list(_linear_layers(base))
+    shapes = [shape for _, shape in layers]
+    weights = {id(module.weight) for module, _ in layers}
+    others = [p for name, p in base.named_parameters() if id(p) not in weights and "lora_" not in name]
+    return retrofit_memory(
+        base_matrices=sum(rows * columns for rows, columns in shapes),
+        base_other=sum(p.numel() for p in others),
+        added=added,
+        lora=lora_parameters(shapes, lora_rank),
+        base_bits=base_bits,
+        ranks=ranks,
+    )
 
 
 def base_flops(

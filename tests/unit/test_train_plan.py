@@ -42,7 +42,14 @@ from retro.dry_run import RunPlan, Timing, measure_training
 from retro.errors import ConfigError, MismatchError
 from retro.model import Retro
 from retro.plan import GPU_RESERVE, LAWS, plan_training, twenty_tokens_per_parameter
-from retro.retrofit_costs import base_flops, lora_parameters, matrix_shapes, retrofit_flops, retrofit_memory
+from retro.retrofit_costs import (
+    base_flops,
+    base_memory,
+    lora_parameters,
+    matrix_shapes,
+    retrofit_flops,
+    retrofit_memory,
+)
 from retro.train import setup, train
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
@@ -428,6 +435,18 @@ def test_flops_and_adapters_of_a_base_are_those_that_pytorch_and_peft_count(kind
     added = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
     assert lora_parameters(shapes, 4) == added > 0
     assert matrix_shapes(adapted) == shapes
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_memory_of_a_base_counts_all_of_its_parameters(kind: str) -> None:
+    base = tiny_base(kind)
+    total, matrices = sum(p.numel() for p in base.parameters()), sum(a * b for a, b in matrix_shapes(base))
+    memory = base_memory(base, added=500, lora_rank=4)
+    assert memory["full"] == state_memory(total + 500)
+    assert memory["frozen"].weights == 4 * 500 + 2 * total
+    adapters = lora_parameters(matrix_shapes(base), 4)
+    assert memory["lora"].optimizer == 8 * (500 + adapters)
+    assert memory["lora"].weights - memory["4-bit"].weights == int(matrices * (2 - 4.5 / 8))
 
 
 # --- compute-optimal sizes ----------------------------------------------------------------------------------------
