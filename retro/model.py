@@ -27,6 +27,9 @@ from retro.attention import Attention, CausalMask, Places, attend
 from retro.cca import Cache, ChunkCache, Continuation, Neighborhood, View, WholeChunks
 from retro.config import ModelConfig
 
+LOGITS_PER_PART = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Losses are computed in parts of so many logits: on a CPU they stay in its cache, a GPU is better off with large ones."""
+
 # --- layers -------------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +202,8 @@ class Retro(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, number) for number in range(1, config.num_layers + 1))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.encoder = NeighborEncoder(config) if config.cca_layers else None
+        self._head: tuple[int, Tensor] | None = None
+        """The output weights once more, and the version of the table that they are a copy of: see `lay_out_for_decoding`."""
         untied = not config.tie_embeddings
         self.encoder_embedding = (
             Embedding(config.vocab_size, config.encoder_dim) if untied and config.cca_layers else None
@@ -261,17 +266,36 @@ class Retro(nn.Module):
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits [..., V] of final activations [..., D]."""
-        return F.linear(hidden_BTD, self.embedding.weight if self.head is None else self.head.weight)
+        table_VD = self.embedding.weight if self.head is None else self.head.weight
+        if self._head is not None and hidden_BTD.numel() == table_VD.shape[1] and self._head[0] == table_VD._version:
+            table_VD = self._head[1]
+        return F.linear(hidden_BTD, table_VD)
+
+    def lay_out_for_decoding(self) -> "Retro":
+        """Stores every matrix so that its product with one row reads memory in order: on a CPU, decoding is bound by that.
+
+        Values, names and shapes stay as they are; batches are as fast as before. The output table, which is looked up by rows too,
+        gets a copy, as large again. Not for a network that is to be trained on: optimizers want weights and moments alike.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = module.weight.data.t().contiguous().t()
+        table_VD = self.embedding.weight if self.head is None else self.head.weight
+        self._head = table_VD._version, table_VD.detach().t().contiguous().t()
+        return self
 
     def loss(self, hidden_BTD: Tensor, targets_BT: Tensor, loss_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the losses in nats (float32 or wider) over the slots where `loss_BT` is True, and their number."""
         if torch.compiler.is_compiling():
-            logits_NV = self.logits(hidden_BTD.flatten(0, 1))
             targets_N = targets_BT.masked_fill(~loss_BT, -100).flatten()
-        else:
-            logits_NV, targets_N = self.logits(hidden_BTD[loss_BT]), targets_BT[loss_BT]
-        wide = torch.promote_types(logits_NV.dtype, torch.float32)
-        return F.cross_entropy(logits_NV.to(wide), targets_N, reduction="sum"), loss_BT.sum()
+            return _cross_entropy(self.logits(hidden_BTD.flatten(0, 1)), targets_N), loss_BT.sum()
+        hidden_ND, targets_N = hidden_BTD[loss_BT], targets_BT[loss_BT]
+        rows = max(1, LOGITS_PER_PART["cuda" if hidden_ND.is_cuda else "cpu"] // self.config.vocab_size)
+        parts = [
+            _cross_entropy(self.logits(part_ND), part_N)
+            for part_ND, part_N in zip(torch.split(hidden_ND, rows), torch.split(targets_N, rows), strict=True)
+        ]
+        return torch.stack(parts).sum(), loss_BT.sum()
 
     def hidden(
         self,
@@ -342,6 +366,12 @@ class Retro(nn.Module):
         self.checkpointing = True
         if self.encoder is not None:
             self.encoder.checkpointing = True
+
+
+def _cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Sum in nats, in float32 or wider."""
+    wide = torch.promote_types(logits_NV.dtype, torch.float32)
+    return F.cross_entropy(logits_NV.to(wide), targets_N, reduction="sum")
 
 
 def initialize_parameter(name: str, parameter: Tensor, layers: int, generator: torch.Generator) -> None:

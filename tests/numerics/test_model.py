@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import Batch, Oracle, assert_same, make_batch, rich_batch, tiny_config, varied_lengths
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from retro.attention import CausalMask, attend, causal_within
 from retro.cca import Neighborhood
 from retro.config import PRESETS, ModelConfig
-from retro.model import Retro
+from retro.model import LOGITS_PER_PART, Retro
 
 
 def make_model(config: ModelConfig, seed: int = 0) -> Retro:
@@ -727,6 +728,38 @@ def test_flex_attention_sees_what_the_dense_mask_says() -> None:
     one_segment = CausalMask.of(torch.zeros(B, T, dtype=torch.long), dense=False)
     assert one_segment == (None, None)
     assert_same(one_segment.attend(q, k, v, None), CausalMask.of(torch.zeros(B, T), dense=True).attend(q, k, v, None))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_the_loss_in_parts_is_the_loss(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config()
+    batch = rich_batch(config)
+    monkeypatch.setitem(LOGITS_PER_PART, "cpu", rows * config.vocab_size)
+    model = make_model(config)
+    loss = model(**batch.arguments(), targets_BT=batch.targets_BT, loss_BT=batch.loss_BT)
+    logits_NV = model(**batch.arguments())[batch.loss_BT]
+    torch.testing.assert_close(loss, cross_entropy(logits_NV, batch.targets_BT[batch.loss_BT], reduction="sum"))
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_layout_for_decoding_changes_no_value_and_follows_changed_weights(tied: bool) -> None:
+    config = tiny_config(tie_embeddings=tied, encoder_dim=8)
+    model, other = make_model(config), make_model(config).lay_out_for_decoding()
+    for (name, expected), (other_name, value) in zip(
+        model.state_dict().items(), other.state_dict().items(), strict=True
+    ):
+        assert name == other_name
+        assert torch.equal(value, expected)
+    hidden_1D = torch.randn(1, config.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        for rows in (1, 3):
+            hidden_ND = hidden_1D.expand(rows, -1)
+            assert_same(other.logits(hidden_ND), model.logits(hidden_ND))
+        with torch.no_grad():
+            for network in (model, other):
+                (network.embedding if network.head is None else network.head).weight.mul_(2.0)
 
 
 @pytest.mark.parametrize("retrieval", [True, False])
