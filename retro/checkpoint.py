@@ -155,7 +155,8 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Retro,
         model = Retro(config)
     model.to_empty(device=device)
     _load_weights(model, _load_tensors(folder / WEIGHTS), folder / WEIGHTS)
-    return model.eval(), tokenizer, info
+    model.eval()
+    return model if torch.device(device).type != "cpu" else model.lay_out_for_decoding(), tokenizer, info
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

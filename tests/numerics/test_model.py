@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import Batch, Oracle, assert_same, make_batch, rich_batch, tiny_config, varied_lengths
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import cross_entropy
 
 from retro.attention import CausalMask, attend, causal_within
 from retro.cca import Neighborhood
@@ -726,7 +726,7 @@ def test_flex_attention_sees_what_the_dense_mask_says() -> None:
     assert isinstance(flex_BHTC, Tensor)
     assert_same(flex_BHTC, dense.attend(q, k, v, None))
     one_segment = CausalMask.of(torch.zeros(B, T, dtype=torch.long), dense=False)
-    assert one_segment == (None, None)
+    assert (one_segment.dense_B1TT, one_segment.block) == (None, None)
     assert_same(one_segment.attend(q, k, v, None), CausalMask.of(torch.zeros(B, T), dense=True).attend(q, k, v, None))
 
 
