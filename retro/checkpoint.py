@@ -28,7 +28,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from retro.artifact import (
     FORMAT_VERSION,
@@ -100,9 +100,10 @@ def save_model(
     save_tensors(folder / WEIGHTS, model.state_dict() if weights is None else weights)
     reading = config_to_dict(GenerateConfig()) | training.get("settings", {})
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+    base = _base(model)
+    of_transformers = {"model_type": "retro", "architectures": ["RetroForCausalLM"]}
     config = {
-        "model_type": "retro",
-        "architectures": ["RetroForCausalLM"],
+        **(of_transformers if base is None else {"model_type": "retrofit", "base": base}),
         "model": config_to_dict(model.config),
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "num_neighbors": reading["num_neighbors"] if num_neighbors is None else num_neighbors,
@@ -130,15 +131,24 @@ def write_card(folder: Path, model: Retro, training: dict[str, Any]) -> None:
     write_atomically(folder / CARD, lambda file: file.write(card.encode()))
 
 
-def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Retro, Tokenizer, dict[str, Any]]:
+def load_model(
+    folder: Path, device: torch.device | str = "cpu", *, base: Any = None
+) -> tuple[Retro, Tokenizer, dict[str, Any]]:
     """Opens a finished model.
 
+    Args:
+        folder: The model.
+        device: Where the network is put.
+        base: Of a RETROfitted model, the base that it was trained on. Default: it is opened by its name.
+
     Returns:
-        The network in eval mode, its tokenizer, and the content of config.json.
+        The network in eval mode (of a RETROfitted model a `retro.retrofit.RetroFit`, which is called alike), its tokenizer, and the
+        content of config.json.
 
     Raises:
         FormatError: It is missing, unfinished, damaged or altered.
-        MismatchError: Its files do not belong together.
+        MismatchError: Its files do not belong together, or the base is another one.
+        ConfigError: The base is not there.
     """
     read_manifest(folder, KIND)
     info = read_json(folder / CONFIG)
@@ -151,12 +161,20 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Retro,
             "copy the whole folder again from where the model was trained"
         )
     config = config_from_dict(ModelConfig, info["model"], where=str(folder / CONFIG))
-    with torch.device("meta"):
-        model = Retro(config)
-    model.to_empty(device=device)
+    model: Any
+    if "base" in info:
+        from retro.retrofit import reopened
+
+        model = reopened(info["base"], config, base, device)
+    else:
+        with torch.device("meta"):
+            model = Retro(config)
+        model.to_empty(device=device)
     _load_weights(model, _load_tensors(folder / WEIGHTS), folder / WEIGHTS)
     model.eval()
-    return model if torch.device(device).type != "cpu" else model.lay_out_for_decoding(), tokenizer, info
+    if isinstance(model, Retro) and torch.device(device).type == "cpu":
+        model.lay_out_for_decoding()
+    return model, tokenizer, info
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -214,12 +232,37 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
+def _base(model: nn.Module) -> dict[str, Any] | None:
+    """What a RETROfitted model says of its base; None for a network of our own."""
+    describe: Any = getattr(model, "describe", None)
+    return None if describe is None else describe()
+
+
+def _size_lines(model: Retro) -> list[str]:
+    config, base = model.config, _base(model)
+    parameters = {name: p.numel() for name, p in model.named_parameters() if base is None or p.requires_grad}
+    total = sum(parameters.values())
+    layers = ", ".join(map(str, config.cca_layers)) or "(none)"
+    if base is not None:
+        revision = base["commit"] or base["revision"]
+        return [
+            f"- {total:,} parameters, put into the base {base['name']} ({base['model_type']}"
+            f"{', revision ' + revision if revision else ''}), which is needed to use them and is not in this folder",
+            f"- base: {config.num_layers} layers, width {config.dim}",
+            f"- chunked cross-attention before layers {layers}; chunks of {config.chunk_len} tokens",
+        ]
+    tables = ("embedding.", "encoder_embedding.", "head.")
+    embedding = sum(count for name, count in parameters.items() if name.startswith(tables))
+    return [
+        f"- {total:,} parameters, {embedding:,} of them embeddings of {config.vocab_size:,} tokens",
+        f"- decoder: {config.num_layers} layers, width {config.dim}, {config.num_heads} heads of {config.head_dim}",
+        f"- chunked cross-attention in layers {layers}; chunks of {config.chunk_len} tokens",
+    ]
+
+
 def _card(model: Retro, training: dict[str, Any]) -> str:
     """The model card."""
     config = model.config
-    parameters = sum(p.numel() for p in model.parameters())
-    tables = ("embedding.", "encoder_embedding.", "head.")
-    embedding = sum(p.numel() for name, p in model.named_parameters() if name.startswith(tables))
     lines = [
         "---",
         "library_name: retro-lm",
@@ -237,10 +280,7 @@ def _card(model: Retro, training: dict[str, Any]) -> str:
         "",
         "## Sizes",
         "",
-        f"- {parameters:,} parameters, {embedding:,} of them embeddings of {config.vocab_size:,} tokens",
-        f"- decoder: {config.num_layers} layers, width {config.dim}, {config.num_heads} heads of {config.head_dim}",
-        f"- chunked cross-attention in layers {', '.join(map(str, config.cca_layers)) or '(none)'}; "
-        f"chunks of {config.chunk_len} tokens",
+        *_size_lines(model),
     ]
     if config.cca_layers:
         lines.append(f"- neighbor encoder: {config.encoder_layers} layers, width {config.encoder_dim}")

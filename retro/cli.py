@@ -82,6 +82,9 @@ def train(
         list[Path] | None, typer.Option(help="Training data; same as --set train.data=... Several are mixed.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the model; same as --set train.out=...")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Put retrieval into this pretrained model: a folder, or a name on the hub.")
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.steps=100.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same as --set train.seed=...")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files for TensorBoard, too.")] = False,
@@ -106,6 +109,7 @@ def train(
     Examples (a quick trial; all GPUs of a machine):
       retro train --preset tiny --data wiki.data --out wiki.model --set train.steps=20
       torchrun --nproc-per-node gpu -m retro train small.toml
+      retro train --base my_gpt2 --data wiki.data --out wiki.model --set base.lora_rank=8
     """
     from retro.artifact import read_json
     from retro.config import config_to_dict, load_run_config
@@ -115,8 +119,9 @@ def train(
     overrides += [f"train.data=[{listed}]" if len(data or ()) > 1 else f"train.data={listed}"] if data else []
     overrides += [f"train.out='{out}'"] if out is not None else []
     overrides += [f"train.seed={seed}"] if seed is not None else []
+    overrides += [f"base.name='{base}'"] if base is not None else []
     overrides += ["train.tensorboard=true"] if tensorboard else []
-    run = load_run_config(config, overrides, preset=preset)
+    run = load_run_config(config, overrides, preset=preset, sizes=_base_sizes)
     if print_config:
         print_json(config_to_dict(run))
         return
@@ -370,6 +375,12 @@ def _make_training_data(run: Any, corpora: list[str], index: Path | None, tokeni
             config=DataConfig(num_neighbors=run.train.num_neighbors, **lengths),
             progress=progress,
         )
+
+
+def _base_sizes(base: Any) -> dict[str, Any]:
+    from retro.pretrained import base_sizes
+
+    return base_sizes(base)
 
 
 def _open_model(model: Path, index: Path | None, device: str, method: str, where: str | None) -> tuple[Any, Any, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from retro.cca import Cache
 from retro.config import BaseConfig
 from retro.errors import ConfigError, DependencyError, MismatchError
+from retro.tokenizer import Tokenizer
 
 LAYERS = {
     "gemma": "model.layers",
@@ -119,6 +120,25 @@ def open_base(base: BaseConfig, dtype: torch.dtype, device: torch.device | str =
             "damaged; take the model for causal language modeling"
         )
     return model if base.quantization != "none" else model.to(device)
+
+
+def check_vocabulary(base: Any, options: BaseConfig, tokenizer: Tokenizer) -> None:
+    """Raises a MismatchError where training data are not in the tokens of a base, as far as it has a tokenizer with it."""
+    advice = f"make the training data with `retro data --tokenizer {options.name}`"
+    size = base.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > size:
+        raise MismatchError(
+            f"the training data have {tokenizer.vocab_size:,} different tokens, the base {options.name} {size:,}: {advice}"
+        )
+    try:
+        own = Tokenizer.load(options.name)
+    except ConfigError:
+        return
+    if own.fingerprint != tokenizer.fingerprint:
+        raise MismatchError(
+            f"the training data are of the tokenizer {tokenizer.fingerprint}, the base {options.name} has {own.fingerprint}: "
+            f"{advice}"
+        )
 
 
 def layer_list(base: Any, path: str = "") -> tuple[nn.Module, nn.ModuleList]:

@@ -8,7 +8,9 @@ Letters as in model.py. Source: arXiv:2112.04426, section 4.3; there CCA stands 
 """
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,23 +21,28 @@ from transformers.cache_utils import DynamicCache
 
 from retro.attention import Attention
 from retro.cca import Cache, ChunkCache, Continuation, Neighborhood, View, WholeChunks
-from retro.config import BaseConfig, ModelConfig, config_to_dict
+from retro.checkpoint import load_model
+from retro.config import BaseConfig, ModelConfig, config_from_dict, config_to_dict
 from retro.errors import ConfigError
 from retro.generate import Lookup
-from retro.hub import RetroCache
+from retro.hub_cache import RetroCache
 from retro.model import NeighborEncoder, initialize_parameter
 from retro.pretrained import (
     LAYERS,
     add_lora,
     cache_places,
     check_attention,
+    check_digests,
     check_length,
+    check_vocabulary,
     digests,
     is_quantized,
     layer_list,
+    open_base,
     sequence_places,
     sizes,
 )
+from retro.tokenizer import Tokenizer
 
 
 def model_config(base: Any, **changes: Any) -> ModelConfig:
@@ -72,6 +79,89 @@ def retrofit(base: Any, config: ModelConfig | None = None, options: BaseConfig |
     if not config.cca_layers:
         raise ConfigError("cca_layers is empty: name layers of the base before which neighbors are read")
     return RetroFit(base, config, options or BaseConfig(name=base.config._name_or_path or "unnamed"))
+
+
+def trainable(
+    options: BaseConfig,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+) -> "RetroFit":
+    """Opens a base and puts retrieval into it, for training on texts of its own tokenizer.
+
+    Args:
+        options: The base, and what is trained of it.
+        config: See `retrofit`.
+        tokenizer: Of the training data.
+        device: Where a quantized base is put; others are opened on the CPU, from where ranks take their parts.
+        dtype: Of the base's frozen weights; what is trained is float32.
+        seed: Of the added weights.
+
+    Raises:
+        ConfigError: As in `retrofit`, or there is no such base.
+        MismatchError: The tokenizer is not the base's.
+        DependencyError: Adapters or quantization need a package that is not installed.
+    """
+    if Path(options.name).is_dir():
+        options = replace(options, name=str(Path(options.name).resolve()))
+    base = open_base(options, dtype, "cpu" if options.quantization == "none" else device)
+    check_vocabulary(base, options, tokenizer)
+    return retrofit(base, config, options).initialize(torch.Generator().manual_seed(seed))
+
+
+def reopened(info: dict[str, Any], config: ModelConfig, base: Any, device: torch.device | str) -> "RetroFit":
+    """The network of a model folder around its base; the trained weights are still to come.
+
+    Args:
+        info: What `RetroFit.describe` gave.
+        config: Sizes.
+        base: The one that it was trained on; None opens it by its name.
+        device: Where it is put.
+
+    Raises:
+        ConfigError: The base is not there.
+        MismatchError: It is another one.
+    """
+    known = {field.name for field in fields(BaseConfig)}
+    options = config_from_dict(BaseConfig, {k: v for k, v in info.items() if k in known}, where="base in config.json")
+    if base is None:
+        base = open_base(options, getattr(torch, info["dtype"]), device)
+    check_digests(
+        info["digests"],
+        digests(base),
+        trained_on=f"{options.name} ({info['model_type']})",
+        given=f"{base.config._name_or_path or 'the base at hand'} ({base.config.model_type})",
+        quantized=info["quantized"] or is_quantized(base),
+    )
+    model = retrofit(base, config, options)
+    return model if is_quantized(base) else model.to(device)
+
+
+def load_retrofit(
+    folder: Path | str, base: Any = None, device: torch.device | str = "cpu"
+) -> tuple["RetroFit", Tokenizer, dict[str, Any]]:
+    """Opens a RETROfitted model.
+
+    Args:
+        folder: As `retro train --base` makes it.
+        base: The model of transformers that it was trained on. Default: it is opened by its name.
+        device: Where the network is put.
+
+    Returns:
+        The network in eval mode, its tokenizer, and the content of config.json.
+
+    Raises:
+        ConfigError: The base is not there, or the model has none.
+        FormatError: The folder is missing, unfinished, damaged or altered.
+        MismatchError: It was trained on another base.
+    """
+    opened: Any = load_model(Path(folder), device, base=base)
+    if not isinstance(opened[0], RetroFit):
+        raise ConfigError(f"{folder} is no RETROfitted model: open it with retro.checkpoint.load_model")
+    return opened  # type: ignore[no-any-return]
 
 
 class CrossAttention(nn.Module):
@@ -181,6 +271,11 @@ class RetroFit(nn.Module):
             elif "lora_B" in name:
                 nn.init.zeros_(parameter)
         return self
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Those of the base, and what stands before them."""
+        return [*self._inner[1], *self.cca]
 
     @property
     def embedding(self) -> Any:
@@ -321,6 +416,8 @@ class RetroFit(nn.Module):
             **config_to_dict(self.options),
             "model_type": self.base.config.model_type,
             "commit": getattr(self.base.config, "_commit_hash", None) or "",
+            "dtype": str(self.base.dtype).removeprefix("torch."),
+            "quantized": self.quantized,
             "digests": self.digests,
         }
 

@@ -45,6 +45,7 @@ from retro.metrics import METRICS, Course, Lines, Metrics, read_lines
 from retro.mixture import Mixture, corpus_seed, open_corpora
 from retro.model import Retro
 from retro.samples import SAMPLES, SamplePrompt
+from retro.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -158,10 +159,11 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
             f"{data.folder} is cut into chunks of {data.chunk_len} tokens, the model has chunk_len = "
             f"{run.model.chunk_len}: set model.chunk_len={data.chunk_len}, or make the data again"
         )
-    run = replace(run, model=replace(run.model, vocab_size=data.tokenizer.vocab_size))
+    if run.base is None:
+        run = replace(run, model=replace(run.model, vocab_size=data.tokenizer.vocab_size))
     streams = [open_batches(corpus, "train", run, number) for number, corpus in enumerate(corpora.values())]
     prints = [artifact.fingerprint(corpus.manifest["files"]) for corpus in corpora.values()]
-    model = Retro(run.model).initialize(torch.Generator().manual_seed(config.seed))
+    model = _network(run, data.tokenizer, device, dtype)
     if ranks.size > 1:
         shard(model, device, dtype)
     model.to(device)
@@ -173,6 +175,9 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
         "train": kept,
         "data": prints[0] if len(prints) == 1 else prints,
     }
+    if run.base is not None:
+        options = {key: value for key, value in config_to_dict(run.base).items() if key not in ("name", "revision")}
+        recipe["base"] = {**options, "weights": artifact.fingerprint(model.digests)}
     return Setup(
         run=run,
         corpora=corpora,
@@ -184,6 +189,15 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
         recipe=recipe,
         ranks=ranks,
     )
+
+
+def _network(run: RunConfig, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype) -> Any:
+    """A network of our own, or one around a pretrained base, which is called alike; with initial weights."""
+    if run.base is not None:
+        from retro.retrofit import trainable
+
+        return trainable(run.base, run.model, tokenizer, device=device, dtype=dtype, seed=run.train.seed)
+    return Retro(run.model).initialize(torch.Generator().manual_seed(run.train.seed))
 
 
 def _check_division(config: TrainConfig, ranks: Ranks) -> None:
@@ -250,7 +264,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
 
 def make_optimizer(model: Retro, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); matrices decay, the scales of the norms do not."""
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -574,6 +588,8 @@ class _Validation:
     def _sampled(self, prompt: SamplePrompt) -> dict[str, Any] | None:
         """A sample of the network as it is; None on all ranks but the first, which puts the network together for it."""
         parts, model = self._parts, self._parts.model
+        if parts.ranks.size > 1 and parts.run.base is not None:
+            return None  # no rank has the base
         if parts.ranks.size > 1:
             weights = whole_state(model, parts.ranks)
             if not parts.ranks.is_first:
@@ -706,7 +722,7 @@ def _record(
     if parts.device.type == "cuda":
         record["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(parts.device)
         peak = device_peak_flops(torch.cuda.get_device_name(parts.device))
-        if peak is not None and parts.dtype == torch.bfloat16:
+        if peak is not None and parts.dtype == torch.bfloat16 and parts.run.base is None:
             record["mfu"] = utilization(parts.run, batch, meter.step_s, peak * parts.ranks.size)
     return record
 
