@@ -128,6 +128,9 @@ class RetroForCausalLM(PreTrainedModel, RetroGenerationMixin):
         logits_BTV = self.model.logits(hidden_BTD[:, kept])
         loss = None
         if labels is not None:
+            if attention_mask is not None:  # an empty column predicts nothing
+                T = input_ids.shape[1]
+                labels = labels.masked_fill(F.pad(attention_mask[:, -T:-1], (1, 0), value=1) == 0, -100)
             extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             loss = self.loss_function(logits_BTV, labels, self.config.vocab_size, **extra)
         output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=cache)
@@ -355,11 +358,11 @@ class RetroForCausalLM(PreTrainedModel, RetroGenerationMixin):
         self.model.config = self.config.network
         return table
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _initialize_weights(self, module: nn.Module, *_: Any, **__: Any) -> None:
+        # Called for every module; what was loaded is marked, and left alone by torch.nn.init as transformers replace it meanwhile.
         if isinstance(module, Retro):
-            device = module.embedding.weight.device
             seed = int(torch.randint(2**62, ()))
-            module.initialize(torch.Generator(device).manual_seed(seed))
+            module.initialize(torch.Generator(module.embedding.weight.device).manual_seed(seed))
 
     def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, **__: Any) -> None:
         self.gradient_checkpointing = self.model.checkpointing = enable
