@@ -350,6 +350,7 @@ def load_run_config(
         overrides: As `--set` takes them.
         preset: Its name.
         sizes: Of the model around a base, so that [model] need not give any where there is [base]: `retro.pretrained.base_sizes`.
+            They take the place of a preset's, of which only [train] counts then.
 
     Raises:
         ConfigError: For an unreadable file, an unknown preset or key, or a value of the wrong type.
@@ -387,7 +388,8 @@ def load_run_config(
     model = base["model"] | tables.get("model", {})
     if pretrained is not None and sizes is not None:
         of_base = sizes(pretrained)
-        model = of_base | model | {key: of_base[key] for key in ("vocab_size", "dim", "num_layers", "tie_embeddings")}
+        fixed = ("vocab_size", "dim", "num_layers", "tie_embeddings")
+        model = of_base | tables.get("model", {}) | {key: of_base[key] for key in fixed}
     return RunConfig(
         model=config_from_dict(ModelConfig, model, where=f"{where} [model]"),
         train=config_from_dict(TrainConfig, base["train"] | tables.get("train", {}), where=f"{where} [train]"),

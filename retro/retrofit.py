@@ -196,8 +196,9 @@ class NeighborEmbedding(nn.Module):
         self.map = nn.Linear(width, config.encoder_dim, bias=False)
 
     def forward(self, embedded_NKRD: Tensor) -> Tensor:
-        x_NKRE: Tensor = self.map(self.norm(embedded_NKRD.to(self.norm.weight.dtype)))
-        return x_NKRE
+        dtype = self.norm.weight.dtype
+        x_NKRE: Tensor = self.map(self.norm(embedded_NKRD.to(dtype)))
+        return x_NKRE.to(dtype)  # autocast narrows products, but not the sums that residuals are
 
 
 class RetroFit(nn.Module):
