@@ -167,6 +167,8 @@ class TrainConfig:
     """auto: bfloat16 on a GPU that has it, float32 elsewhere. Weights and optimizer stay float32."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; under torchrun each rank takes its own GPU of cuda."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: much less memory, about a third more work."""
     compile: bool = False
     """Compile the network with torch.compile: minutes at the start, then quicker steps on a GPU."""
     timeout_s: float = 600.0

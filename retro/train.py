@@ -66,12 +66,13 @@ CHANGEABLE = (
     "tensorboard",
     "wandb_project",
     "device",
+    "activation_checkpointing",
     "compile",
     "timeout_s",
 )
 """Settings that may differ when a run goes on. The data may have moved, but must be the same; with other `steps` the learning rate
-follows the new cosine from where the run is. Another micro_batch_size, another number of ranks, another device or `compile` give
-the same losses up to rounding."""
+follows the new cosine from where the run is. Another micro_batch_size, number of ranks or device, activation_checkpointing
+and compile give the same losses up to rounding."""
 
 
 class Progress(NamedTuple):
@@ -164,6 +165,8 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
     streams = [open_batches(corpus, "train", run, number) for number, corpus in enumerate(corpora.values())]
     prints = [artifact.fingerprint(corpus.manifest["files"]) for corpus in corpora.values()]
     model = _network(run, data.tokenizer, device, dtype)
+    if config.activation_checkpointing:
+        model.checkpoint_activations()
     if ranks.size > 1:
         shard(model, device, dtype)
     model.to(device)
