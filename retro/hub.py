@@ -47,7 +47,7 @@ class RetroForCausalLM(PreTrainedModel, RetroGenerationMixin):
     config: RetroConfig
     config_class = RetroConfig
     base_model_prefix = "model"
-    """Names of weights in our files go without it; transformers add it when they read one."""
+    """Names of weights in our files go without it; transformers add it when they open one, and `load_state_dict` does."""
     accepts_loss_kwargs = True
     supports_gradient_checkpointing = True
     _input_embed_layer = "embedding"
@@ -61,6 +61,7 @@ class RetroForCausalLM(PreTrainedModel, RetroGenerationMixin):
         self.chunk_len = self.model.chunk_len
         self.tokenizer: Tokenizer | None = None
         self.retriever: Retriever | None = None
+        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
         self.post_init()  # type: ignore[no-untyped-call]
 
     def set_retriever(self, retriever: Retriever | None, k: int | None = None) -> None:
@@ -257,6 +258,7 @@ class RetroForCausalLM(PreTrainedModel, RetroGenerationMixin):
             for damage in find_damage(folder, {"files": files}, hash_bytes=HASHED_ON_OPEN):
                 raise FormatError(f"{folder} is damaged: {damage}. Copy or make it again")
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)
         where = {key: kwargs[key] for key in _DOWNLOAD if key in kwargs}
         opened: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         model, info = opened
@@ -378,6 +380,12 @@ def _beside(given: Tensor, found: Tensor, sizes: list[int], skip: int) -> Tensor
     K, R = sizes
     wide = [F.pad(x, (0, R - x.shape[3], 0, K - x.shape[2])) for x in (given, found[:, skip:])]
     return torch.cat([x.to(given.dtype) for x in wide], dim=1)
+
+
+def _add_prefix(_module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Names as in our files become those of the module: trainers give a file's content to `load_state_dict`."""
+    for name in [name for name in state if name.startswith(prefix) and not name.startswith(f"{prefix}model.")]:
+        state[f"{prefix}model.{name.removeprefix(prefix)}"] = state.pop(name)
 
 
 def _tokenizer(file: str, fingerprint: str) -> Tokenizer:
