@@ -169,6 +169,17 @@ def layer_list(base: Any, path: str = "") -> tuple[nn.Module, nn.ModuleList]:
     return decoder, layers
 
 
+def keep_differentiable(base: nn.Module) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights, on CPUs with AVX512-BF16, into a form that has no gradients.
+
+    It does so at the first call in eval mode, and there is no way back (bitsandbytes 0.50).
+    """
+    module: Any
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def add_lora(base: Any, rank: int, alpha: float) -> None:
     """Puts low-rank adapters (Hu et al. 2021, arXiv:2106.09685) beside all matrices of the layers, in float32; they begin as zero.
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
@@ -26,7 +25,7 @@ from retro.config import BaseConfig, ModelConfig, config_from_dict, config_to_di
 from retro.errors import ConfigError
 from retro.generate import Lookup
 from retro.hub_cache import RetroCache
-from retro.model import NeighborEncoder, initialize_parameter
+from retro.model import NeighborEncoder, Retro, initialize_parameter
 from retro.pretrained import (
     LAYERS,
     add_lora,
@@ -37,6 +36,7 @@ from retro.pretrained import (
     check_vocabulary,
     digests,
     is_quantized,
+    keep_differentiable,
     layer_list,
     open_base,
     sequence_places,
@@ -223,6 +223,7 @@ class RetroFit(nn.Module):
         self.checkpointing = False
         check_attention(base)
         self.digests, self.quantized = digests(base), is_quantized(base)
+        keep_differentiable(base)
         self.base = base.requires_grad_(requires_grad=False)
         if options.lora_rank:
             add_lora(base, options.lora_rank, options.lora_alpha)
@@ -323,13 +324,7 @@ class RetroFit(nn.Module):
 
     def loss(self, hidden_BTD: Tensor, targets_BT: Tensor, loss_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the losses in nats (float32 or wider) over the slots where `loss_BT` is True, and their number."""
-        if torch.compiler.is_compiling():
-            logits_NV = self.logits(hidden_BTD.flatten(0, 1))
-            targets_N = targets_BT.masked_fill(~loss_BT, -100).flatten()
-        else:
-            logits_NV, targets_N = self.logits(hidden_BTD[loss_BT]), targets_BT[loss_BT]
-        wide = torch.promote_types(logits_NV.dtype, torch.float32)
-        return F.cross_entropy(logits_NV.to(wide), targets_N, reduction="sum"), loss_BT.sum()
+        return Retro.loss(self, hidden_BTD, targets_BT, loss_BT)  # type: ignore[arg-type]  # needs `logits` alone
 
     def hidden(
         self,
