@@ -14,8 +14,9 @@ d. Retrieval (k = 2): cost of a training step against that of the decoder alone,
 e. Time per token at position 2,000 against 200 (the chunk that each lies in), with retrieval and without, and which operations the
    difference is in. Wanted: at most 1.6x, all of it attention.
 
-Weights are random. Everybody has the same threads, and takes turns (A B A B ...); times are medians, ratios are of these. On a
-machine that others use, the times say little and with several threads the ratios too: --threads 1 --cpu-seconds.
+Weights are random; for decoding ours are laid out as `load_model` does it. Everybody has the same threads, and takes turns
+(A B A B ...); times are medians, ratios are of these. On a machine that others use, the times say little, and with several threads
+the ratios too: take --threads 1 --cpu-seconds there.
 Parts a and b need an environment of their own:
 
     python -m venv peers && peers/bin/pip install retro-pytorch==0.3.9 "torch==2.13.0" "numpy<2" "pyarrow<19"
@@ -291,7 +292,7 @@ def train_peer(setting: Setting) -> dict[str, Any]:
 def generate_peer(setting: Setting) -> dict[str, Any]:
     new_tokens = 512
     peer = Peer(setting, new_tokens)
-    model = network(setting.model)
+    model = network(setting.model).lay_out_for_decoding()
     V = setting.model.vocab_size
     stub = Stub(tokenizer(V).decode(real_ids(V, R)))
     seconds = interleaved(
@@ -349,6 +350,8 @@ def gpt2(setting: Setting) -> dict[str, Any]:
         setting.repetitions,
     )
     prompt = torch.tensor([real_ids(config.vocab_size, PROMPT)])
+
+    ours.lay_out_for_decoding()
 
     def their_continuation() -> None:
         theirs.eval()
@@ -409,7 +412,7 @@ def retrieval_cost(setting: Setting) -> dict[str, Any]:
         "seconds_per_step": seconds,
     }
     if setting.index is not None:
-        report |= search_cost(setting, setting.index, full, alone)
+        report |= search_cost(setting, setting.index, full.lay_out_for_decoding(), alone.lay_out_for_decoding())
     return report
 
 
@@ -450,12 +453,12 @@ class Decoding:
         started: list[float] = []
 
         def note(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if arguments[0].shape[1] == 1 and not started:
+            if arguments[0].shape[1] == 1 and not started:  # x [B, T, D]
                 if profiler is not None:
                     profiler.start()
                 started.append(self.clock())
 
-        hook = self.model.register_forward_pre_hook(note)
+        hook = self.model.layers[0].register_forward_pre_hook(note)
         continuation(self.model, self.start, self.count + 1, self.retriever)
         seconds = self.clock() - started[0]
         if profiler is not None:
@@ -484,7 +487,7 @@ def position(setting: Setting) -> dict[str, Any]:
     stub = Stub(tokenizer(V).decode(real_ids(V, R)))
     report: dict[str, Any] = {}
     for suffix, config, retriever in (("", setting.model, stub), ("_without_retrieval", setting.alone, None)):
-        model = network(config)
+        model = network(config).lay_out_for_decoding()
         decodings = {str(place): Decoding(setting, model, place // M * M, retriever) for place in (200, 2000)}
         seconds = interleaved(
             {name: decoding.seconds_per_token for name, decoding in decodings.items()}, setting.repetitions
