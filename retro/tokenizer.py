@@ -26,6 +26,7 @@ stays bounded; tokenizers that split words at spaces give the same ids as in one
 
 _BOS_NAMES = (BOS, "<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>", "[CLS]")
 _EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "[SEP]")
+"""A tokenizer may have such a name among its plain tokens, as Gemma has HTML's <s>: those that it says are special come first."""
 _CUT = re.compile(r"(?<=\w) (?=\w)")
 
 
@@ -93,8 +94,8 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
-        bos_id = _first_id(backend, _BOS_NAMES)
-        eos_id = _first_id(backend, _EOS_NAMES)
+        bos_id = _special_id(backend, _BOS_NAMES, _EOS_NAMES)  # OPT has one token for both, by the name of EOS
+        eos_id = _special_id(backend, _EOS_NAMES)
         content = json.loads(backend.to_str())
         return cls(backend, bos_id, eos_id, fingerprint([content, bos_id, eos_id]))
 
@@ -212,7 +213,12 @@ def _without_template(step: dict[str, Any] | None) -> dict[str, Any] | None:
     return kept[0] if len(kept) == 1 else {**step, "processors": kept} if kept else None
 
 
-def _first_id(backend: Any, names: tuple[str, ...]) -> int:
+def _special_id(backend: Any, names: tuple[str, ...], others: tuple[str, ...] = ()) -> int:
+    """The first of these names that the tokenizer has, of those that it says are special if it can be."""
+    special = {token.content: number for number, token in backend.get_added_tokens_decoder().items() if token.special}
+    for name in (*names, *others):
+        if name in special:
+            return int(special[name])
     for name in names:
         found = backend.token_to_id(name)
         if found is not None:

@@ -310,3 +310,47 @@ def test_a_word_piece_text_keeps_its_spans_over_accents_and_capitals(word_piece:
     text = "Über naïve CAFÉ"
     spans = word_piece.encode(text).spans
     assert "".join(text[first:last] for first, last in spans.tolist()) == text.replace(" ", "")
+
+
+# Tokenizers of pretrained models
+
+
+def pretrained(tokens: list[str], special: list[str]) -> tokenizers.Tokenizer:
+    """A byte-level tokenizer that also has some tokens, of which it says that some are special."""
+    backend = tokenizers.Tokenizer.from_str(BYTES.backend.to_str())
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = []
+    for name in (BOS, EOS):
+        del content["model"]["vocab"][name]
+    content["model"]["vocab"] |= {name: 256 + number for number, name in enumerate(tokens)}
+    content["model"]["vocab"] = {name: number for number, name in enumerate(content["model"]["vocab"])}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    backend.add_special_tokens(special)
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("tokens", "special", "bos", "eos"),
+    [
+        (["<|endoftext|>"], ["<|endoftext|>"], "<|endoftext|>", "<|endoftext|>"),
+        (["<s>", "<pad>", "</s>"], ["</s>", "<pad>"], "</s>", "</s>"),
+        (["<unk>", "<s>", "</s>"], ["<unk>", "<s>", "</s>"], "<s>", "</s>"),
+        (
+            ["<|begin_of_text|>", "<|end_of_text|>"],
+            ["<|begin_of_text|>", "<|end_of_text|>"],
+            *["<|begin_of_text|>", "<|end_of_text|>"],
+        ),
+        (["<|endoftext|>", "<|im_start|>"], ["<|endoftext|>", "<|im_start|>"], "<|endoftext|>", "<|endoftext|>"),
+        (["<pad>", "<eos>", "<bos>", "<s>", "</s>"], ["<pad>", "<eos>", "<bos>"], "<bos>", "<eos>"),
+        (["<s>", "</s>", "<|endoftext|>"], ["<s>", "<|endoftext|>"], "<s>", "<|endoftext|>"),
+        (["<s>", "</s>"], [], "<s>", "</s>"),
+    ],
+    ids=["gpt2", "opt", "llama2", "llama3", "qwen", "gemma", "phi3", "nothing-said"],
+)
+def test_bos_and_eos_are_those_that_pretrained_models_know(
+    tokens: list[str], special: list[str], bos: str, eos: str
+) -> None:
+    """OPT begins texts with EOS and has a token <s>; Gemma's <s> is HTML; Qwen has no BOS; Phi-3's </s> is not special."""
+    tokenizer = Tokenizer.wrap(pretrained(tokens, special))
+    assert tokenizer.backend.id_to_token(tokenizer.bos_id) == bos
+    assert tokenizer.backend.id_to_token(tokenizer.eos_id) == eos
