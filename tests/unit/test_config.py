@@ -444,8 +444,10 @@ def test_a_presets_sequences_are_whole_chunks_and_its_model_can_be_built(name: s
     assert run.train.seq_len % run.model.chunk_len == 0
     assert run.train.warmup_steps < run.train.steps
     assert run.train.final_learning_rate < run.train.learning_rate
-    assert run.model.cca_layers
-    assert run.model.tie_embeddings
+    papers = name.startswith(("retro-", "baseline-"))
+    assert bool(run.model.cca_layers) != name.startswith("baseline-")
+    assert run.model.tie_embeddings != papers
+    assert (run.model.positions == "relative") == papers
     with torch.device("meta"):
         model = Retro(run.model)
     assert sum(layer.cca is not None for layer in model.layers) == len(run.model.cca_layers)
