@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from index_builder.cli import _show_report as show_report
+from eval.cli import eval_app
 from index_builder.cli import data, index_app, plan_app, tokenizer_app
 from retro.errors import ConfigError, RetroError
 from retro.terminal import (
@@ -42,6 +43,7 @@ app = typer.Typer(
 app.add_typer(index_app, name="index")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(plan_app, name="plan")
+app.add_typer(eval_app, name="eval")
 app.command("data")(data)
 
 
