@@ -79,7 +79,8 @@ def test_a_model_learns_one_batch_by_heart(data: Path, tmp_path: Path) -> None:
 def test_a_run_leaves_a_model_with_its_losses(whole: Path, data: Path) -> None:
     manifest = read_manifest(whole, KIND)
     state = [f"training/step-00000006/{n}" for n in (SHARD, "state.json")]
-    files = ["README.md", "config.json", PLOT, METRICS, WEIGHTS, "tokenizer.json", *state]
+    configs = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    files = ["README.md", *configs, PLOT, METRICS, WEIGHTS, *state]
     assert sorted(manifest["files"]) == sorted(files)
     model, _, info = load_model(whole)
     figures = info["training"]
