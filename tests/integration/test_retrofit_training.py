@@ -337,3 +337,27 @@ def test_two_ranks_train_as_one(data: TrainingData, base: Path, tmp_path: Path, 
     assert losses[0] == pytest.approx(losses[1], abs=tolerance)
     assert all(map(math.isfinite, losses[0]))
     assert len(losses[0]) == 4
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_a_quantized_base_is_trained_around_with_adapters_and_known_again(
+    data: TrainingData, tmp_path: Path, quantization: str
+) -> None:
+    """Its quantized tensors cannot be compared, the others are: also with the base as it was before."""
+    pytest.importorskip("bitsandbytes")
+    wide = SIZES | {"n_embd": 64}
+    torch.manual_seed(0)
+    base = tmp_path / "wide"
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=258, **wide)).save_pretrained(base)
+    builders.toy_tokenizer().save(base)
+    options = {"quantization": quantization, "lora_rank": 2}
+    folder = train(fit_run(data.folder, base, tmp_path / "m.model", options, steps=2))
+    model, _, info = load_retrofit(folder)
+    assert info["base"]["quantized"]
+    assert any("lora_B" in name for name in model.state_dict())
+    load_retrofit(folder, transformers.AutoModelForCausalLM.from_pretrained(base))
+    changed: Any = transformers.AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        changed.transformer.wte.weight[7] += 1
+    with pytest.raises(MismatchError, match=r"transformer\.wte\.weight"):
+        load_retrofit(folder, changed)

@@ -746,3 +746,22 @@ def test_default_sizes_are_the_papers_where_the_base_is_wide_enough() -> None:
     assert (chosen.encoder_dim, chosen.encoder_layers, chosen.encoder_ffw_dim) == (896, 2, 3584)
     assert (chosen.dim, chosen.num_heads, chosen.head_dim) == (2048, 16, 128)
     assert model_config(make_base("llama")).cca_layers == (2,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
+def test_a_training_step_compiles_without_graph_breaks(kind: str) -> None:
+    model = make_fit(kind, torch.float32).train()
+    batch = rich_batch(model.config)
+    arguments = {**batch.arguments(), "targets_BT": batch.targets_BT, "loss_BT": batch.loss_BT}
+    losses, gradients = [], []
+    torch._dynamo.reset()
+    for network in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        loss = network(**arguments)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        gradients.append({name: model.get_parameter(name).grad for name in model.trained})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-3)
