@@ -247,6 +247,7 @@ class RetroFit(nn.Module):
         self.trained = frozenset(name for name, parameter in self.named_parameters() if parameter.requires_grad)
         self._view: View | None = None
         self._lookup: Lookup | None = None
+        self._lead_B = torch.zeros(0)
         for number, index in enumerate(config.cca_layers):
             layers[index - 1].register_forward_pre_hook(partial(self._read_before, number), with_kwargs=True)
         base.register_forward_pre_hook(self._begin_generating, with_kwargs=True)
@@ -384,25 +385,34 @@ class RetroFit(nn.Module):
             layer.forward = partial(_checkpointed, layer.forward)
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, *, lookup: Lookup | None = None, **options: Any) -> Any:
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        lookup: Lookup | None = None,
+        **options: Any,
+    ) -> Any:
         """The base's own `generate` (sampling, beams, streamers ...), with the neighbors of every finished chunk.
 
         Prompts end on a chunk border, so that their own last chunk has neighbors at once: empty slots are thought before them.
 
         Args:
-            input_ids: Prompts [B, T], padded on the left; with `attention_mask` where any is.
+            input_ids: Prompts [B, T], padded on the left.
+            attention_mask: 1 where a column holds a token. Default: everywhere.
             lookup: Finds neighbors. None: without retrieval, which is the base as it is.
             options: As the base takes them.
 
         Returns:
             What the base gives.
         """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if lookup is None:
-            return self.base.generate(input_ids, **options)
+            return self.base.generate(input_ids, attention_mask=mask, **options)
         cache = RetroCache(config=self.base.config)
-        self._lookup = lookup
+        self._lookup, self._lead_B = lookup, -mask.sum(1) % self.chunk_len
         try:
-            return self.base.generate(input_ids, past_key_values=cache, **options)
+            return self.base.generate(input_ids, attention_mask=mask, past_key_values=cache, **options)
         finally:
             self._lookup = None
 
@@ -442,9 +452,9 @@ class RetroFit(nn.Module):
             return
         ids_BT: Tensor = args[0] if args else kwargs["input_ids"]
         mask_BT = kwargs.get("attention_mask")
-        tokens_B = torch.ones_like(ids_BT).sum(1) if mask_BT is None else mask_BT.sum(1)
         M = self.chunk_len
-        columns = cache.extend(ids_BT, mask_BT, chunk_len=M, lead=(-tokens_B % M).tolist())
+        lead_B = self._lead_B.repeat_interleave(len(ids_BT) // len(self._lead_B))  # a prompt may have several rows
+        columns = cache.extend(ids_BT, mask_BT, chunk_len=M, lead=lead_B.tolist())
         near = self._lookup.neighbors(cache.ids, cache.lead, columns.before, M)
         neighbors, keep = (None, None) if near is None else (x.to(ids_BT.device) for x in near)
         if cache.chunk is None:

@@ -461,10 +461,10 @@ class Reversed:
 PROMPTS = ("The oil", "An embargo began", "In October 1973 prices rose")
 
 
-def text_model(kind: str) -> tuple[RetroFit, Tokenizer, Lookup]:
+def text_model(kind: str, **changes: Any) -> tuple[RetroFit, Tokenizer, Lookup]:
     """A model that continues bytes, and finds neighbors for them; float32, because transformers mask float64 with infinities."""
     tokenizer = builders.toy_tokenizer()
-    model = make_fit(kind, torch.float32, vocab=tokenizer.vocab_size)
+    model = make_fit(kind, torch.float32, vocab=tokenizer.vocab_size, **changes)
     model.base.generation_config.eos_token_id = tokenizer.eos_id
     model.base.generation_config.pad_token_id = tokenizer.eos_id
     return model, tokenizer, Lookup(tokenizer=tokenizer, retriever=Reversed(), num_neighbors=2, neighbor_len=6)
@@ -517,6 +517,21 @@ def test_the_bases_generate_retrieves_and_equals_full_forward_passes(kind: str) 
         expected = greedy(model, lookup, ids, 11)
         assert made[longest : longest + len(expected)] == expected
         assert all(token == tokenizer.eos_id for token in made[longest + len(expected) :])
+    plain = make_base(kind, torch.float32, tokenizer.vocab_size)
+    with torch.no_grad():
+        assert torch.equal(model.base(**padded(prompts)).logits, plain(**padded(prompts)).logits)
+
+
+def test_guessed_tokens_are_taken_back_within_a_chunk_and_not_across_its_border() -> None:
+    """Speculative decoding: the base guesses several tokens, and crops the cache by those that were wrong."""
+    model, tokenizer, lookup = text_model("llama")
+    ids = prompt_ids("abababab abab ab", tokenizer)
+    options: dict[str, Any] = {"do_sample": False, "prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 2}
+    with pytest.raises(ConfigError, match="cannot be taken back across a chunk border"):
+        model.generate(**padded([ids]), lookup=lookup, max_new_tokens=40, **options)
+    wide, _, _ = text_model("llama", chunk_len=64)
+    made = wide.generate(**padded([ids]), lookup=lookup, max_new_tokens=20, **options)
+    assert made[0, len(ids) :].tolist() == greedy(wide, lookup, ids, 20)
 
 
 @pytest.mark.parametrize("kind", MAIN)
