@@ -1,18 +1,156 @@
 """The commands of `retro eval`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retro.terminal import SETTINGS
+from retro.terminal import (
+    SETTINGS,
+    AsJson,
+    Corpora,
+    Device,
+    IndexPath,
+    Method,
+    Seed,
+    TextField,
+    Where,
+    bars,
+    choice,
+    resolve_devices,
+)
+
+if TYPE_CHECKING:
+    from eval.records import Record
 
 eval_app = typer.Typer(help="Measure a model, an index, or both; figures go into a report's folder.", **SETTINGS)
 
-Out = Annotated[Path, typer.Option(help="Folder of the report: the record is added to those that are there.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the report: the record is added to those that are there.")]
 Limit = Annotated[int | None, typer.Option(help="Only so many documents or questions, evenly spaced.")]
 
 
 @eval_app.callback()
 def root() -> None:
     """Keeps the commands below `retro eval` even where there is only one."""
+
+
+@eval_app.command("lm")
+def lm(
+    model: Annotated[str, typer.Argument(help="Folder of a model of ours, or a causal LM of Hugging Face.")],
+    corpora: Corpora,
+    index: IndexPath = None,
+    modes: Annotated[
+        str, typer.Option(help="Of on, off, shuffled and oracle, separated by commas.")
+    ] = "on,off,shuffled",
+    k: Annotated[int, typer.Option("-k", help="Neighbors of each chunk that are read; 0 is --modes off.")] = 2,
+    sweep: Annotated[str, typer.Option(help="Other numbers of neighbors to measure too, as in 1,4,10,40.")] = "",
+    part: Annotated[str, typer.Option(help="Of each neighbor read both, its chunk or its continuation.")] = "both",
+    neighbor_len: Annotated[int, typer.Option(help="Tokens of a neighbor that are read.")] = 128,
+    method: Method = "dense",
+    where: Where = None,
+    keep_own: Annotated[bool, typer.Option(help="Let documents find passages of their own group.")] = False,
+    baseline: Annotated[str | None, typer.Option(help="A model without retrieval, measured beside.")] = None,
+    overlap: Annotated[bool, typer.Option(help="Bits per byte over the allowed overlap with neighbors, too.")] = False,
+    last_words: Annotated[
+        Path | None, typer.Option(help="JSON lines of passages (`text`) whose last words are to be found.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Slots that the model sees at once.")] = 512,
+    stride: Annotated[int, typer.Option(help="Slots from one window to the next.")] = 256,
+    text_field: TextField = "text",
+    limit: Limit = None,
+    batch_size: Annotated[int, typer.Option(help="Windows at once.")] = 8,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bits per byte and perplexity of a model on any corpus, with retrieval on, off and shuffled.
+
+    \b
+    Example:
+      retro eval lm wiki.model valid.jsonl --index wiki.index -k 10 --sweep 1,2,5 --overlap --out report
+    """
+    from typing import get_args
+
+    from eval.language_modeling import MODES, Part, evenly
+    from eval.lm_record import LmConfig, measure_language_model, open_for_eval
+    from index_builder.corpus import ReadOptions, read_documents
+    from index_builder.search import METHODS, IndexRetriever
+    from retro.chunks import Document
+
+    wanted = tuple(choice(name.strip(), MODES, "--modes") for name in modes.split(","))
+    config = LmConfig(
+        modes=wanted if k > 0 else ("off",),
+        num_neighbors=max(k, 1),
+        sweep=tuple(_number(text, "--sweep") for text in sweep.split(",") if text.strip()) if k > 0 else (),
+        part=choice(part, get_args(Part), "--part"),
+        neighbor_len=neighbor_len,
+        window=window,
+        stride=stride,
+        overlap=overlap,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    places = resolve_devices(device)
+    opened = open_for_eval(model, places)
+    retriever = None
+    if index is not None:
+        retriever = IndexRetriever.open(
+            index, device=places, method=choice(method, METHODS, "--retriever"), where=where
+        )
+    read = read_documents(corpora, ReadOptions(text_field=text_field))
+    documents = evenly([item for item in read if isinstance(item, Document)], limit)
+    with bars() as progress:
+        record, units = measure_language_model(
+            opened,
+            documents,
+            config,
+            retriever=retriever,
+            exclude_own=not keep_own,
+            baseline=None if baseline is None else open_for_eval(baseline, places),
+            last_word_texts=() if last_words is None else _texts(last_words),
+            progress=progress,
+        )
+    _show(record, units, out, as_json=as_json)
+
+
+def _number(text: str, option: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise typer.BadParameter("must be whole numbers above 0, separated by commas", param_hint=option)
+    return int(text)
+
+
+def _texts(path: Path) -> list[str]:
+    """The field `text` of JSON lines."""
+    from index_builder.corpus import ReadOptions, read_documents
+    from retro.chunks import Document
+
+    return [item.text for item in read_documents([str(path)], ReadOptions()) if isinstance(item, Document)]
+
+
+def _show(record: "Record", units: dict[str, list[Any]], out: Path | None, *, as_json: bool) -> None:
+    """Prints a record, and adds it to a report where one is named."""
+    if out is not None:
+        from eval.report import finish
+
+        path = finish(out, record, units)
+        typer.echo(f"{path}; the page is {out / 'report.html'}", err=True)
+    if as_json:
+        from eval.records import to_json
+
+        typer.echo(to_json(record))
+        return
+    width = max(map(len, record.figures), default=0)
+    for name, figure in record.figures.items():
+        value = "-" if figure.value is None else f"{figure.value:,.4g}"
+        interval = (
+            f"  [{figure.low:,.4g}, {figure.high:,.4g}]" if figure.low is not None and figure.high is not None else ""
+        )
+        typer.echo(f"{name:{width}}  {value} {figure.unit}{interval}")
+    for title, curve in record.curves.items():
+        typer.echo(f"\n{title} ({curve.y_label} over {curve.x_label})")
+        for name, values in curve.series.items():
+            points = "  ".join(
+                f"{x:g}: {'-' if y is None else f'{y:.4g}'}" for x, y in zip(curve.x, values, strict=True)
+            )
+            typer.echo(f"  {name}: {points}")

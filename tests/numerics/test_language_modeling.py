@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import builders
 import numpy as np
@@ -212,9 +213,10 @@ def test_the_own_group_is_excluded_unless_asked_for() -> None:
 @pytest.mark.parametrize("window", [Window(length=1024, stride=512), Window(length=128, stride=64)])
 def test_a_gpt2_of_transformers_has_the_bits_that_its_own_loss_says(window: Window, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    base = GPT2LMHeadModel(
+    base: Any = GPT2LMHeadModel(
         GPT2Config(vocab_size=300, n_positions=1024, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1)
-    ).eval()
+    )
+    base.eval()
     text = " ".join(TEXTS * 6)
     documents = read_eval_documents(
         [document(0, text), document(1, TEXTS[1])], tokenizer(), 64, retriever=None, num_neighbors=0
@@ -246,7 +248,7 @@ def test_bytes_of_chunks_are_those_of_their_tokens_and_add_up() -> None:
     for entry, text in zip(read(), TEXTS, strict=True):
         assert entry.num_bytes == len(text.encode())
         assert float(entry.chunk_bytes.sum()) == pytest.approx(entry.num_bytes)
-        pieces = [words.backend.id_to_token(int(i)) for i in entry.ids]
+        pieces = [str(words.backend.id_to_token(int(i))) for i in entry.ids]
         expected = [0.0] * len(entry.chunk_bytes)
         for place, piece in enumerate(pieces[1:], 1):
             expected[place // M] += len(piece)  # each character of a byte-level token is one byte
