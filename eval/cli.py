@@ -12,6 +12,7 @@ from retro.terminal import (
     Device,
     IndexPath,
     Method,
+    Overwrite,
     Seed,
     TextField,
     Where,
@@ -22,6 +23,7 @@ from retro.terminal import (
 
 if TYPE_CHECKING:
     from eval.records import Record
+    from retro.chunks import Document
 
 eval_app = typer.Typer(help="Measure a model, an index, or both; figures go into a report's folder.", **SETTINGS)
 
@@ -74,9 +76,7 @@ def lm(
 
     from eval.language_modeling import MODES, Part, evenly
     from eval.lm_record import LmConfig, measure_language_model, open_for_eval
-    from index_builder.corpus import ReadOptions, read_documents
     from index_builder.search import METHODS, IndexRetriever
-    from retro.chunks import Document
 
     wanted = tuple(choice(name.strip(), MODES, "--modes") for name in modes.split(","))
     config = LmConfig(
@@ -98,8 +98,7 @@ def lm(
         retriever = IndexRetriever.open(
             index, device=places, method=choice(method, METHODS, "--retriever"), where=where
         )
-    read = read_documents(corpora, ReadOptions(text_field=text_field))
-    documents = evenly([item for item in read if isinstance(item, Document)], limit)
+    documents = evenly(_documents(corpora, text_field), limit)
     with bars() as progress:
         record, units = measure_language_model(
             opened,
@@ -114,6 +113,76 @@ def lm(
     _show(record, units, out, as_json=as_json)
 
 
+@eval_app.command("knn-lm")
+def knn_lm(
+    model: Annotated[str, typer.Argument(help="Folder of a model of ours, or a causal LM of Hugging Face.")],
+    corpora: Corpora,
+    datastore: Annotated[Path, typer.Option(help="Folder of the datastore; made of --store where it is not there.")],
+    store: Annotated[list[str] | None, typer.Option(help="Corpus of the datastore; again: and of this.")] = None,
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(help="Corpus on which share and temperature are chosen; never the one measured on."),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="Keys that are looked up for each token.")] = 64,
+    share: Annotated[float, typer.Option(help="Of the neighbors' distribution (lambda).")] = 0.25,
+    temperature: Annotated[float, typer.Option(help="What squared distances are divided by.")] = 1.0,
+    index_type: Annotated[
+        str, typer.Option(help="Of the datastore: auto, Flat, or a factory string of FAISS.")
+    ] = "auto",
+    window: Annotated[int, typer.Option(help="Slots that the model sees at once.")] = 512,
+    stride: Annotated[int, typer.Option(help="Slots from one window to the next.")] = 256,
+    text_field: TextField = "text",
+    limit: Limit = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """The kNN-LM baseline: a decoder mixed with the nearest of its own states in a datastore.
+
+    \b
+    Example:
+      retro eval knn-lm plain.model test.jsonl --store wiki.jsonl --datastore wiki.datastore --tune valid.jsonl --out report
+    """
+    from eval.knn_lm import Datastore, KnnConfig, build_datastore, measure_knn_lm
+    from eval.language_modeling import Window, evenly
+    from eval.lm_record import open_for_eval
+
+    config = KnnConfig(num_neighbors=k, share=share, temperature=temperature, window=window, stride=stride, seed=seed)
+    opened = open_for_eval(model, resolve_devices(device))
+    with bars() as progress:
+        if store:
+            made = build_datastore(
+                opened,
+                _documents(store, text_field),
+                datastore,
+                window=Window(length=window, stride=stride),
+                index_type=index_type,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        else:
+            made = Datastore(datastore)
+        record, units = measure_knn_lm(
+            opened,
+            evenly(_documents(corpora, text_field), limit),
+            made,
+            config,
+            tuning=_documents(tune, text_field) if tune else (),
+            progress=progress,
+        )
+    _show(record, units, out, as_json=as_json)
+
+
+def _documents(corpora: list[str], text_field: str) -> "list[Document]":
+    from index_builder.corpus import ReadOptions, read_documents
+    from retro.chunks import Document
+
+    read = read_documents(corpora, ReadOptions(text_field=text_field))
+    return [item for item in read if isinstance(item, Document)]
+
+
 def _number(text: str, option: str) -> int:
     if not text.strip().isdigit() or int(text) < 1:
         raise typer.BadParameter("must be whole numbers above 0, separated by commas", param_hint=option)
@@ -122,10 +191,7 @@ def _number(text: str, option: str) -> int:
 
 def _texts(path: Path) -> list[str]:
     """The field `text` of JSON lines."""
-    from index_builder.corpus import ReadOptions, read_documents
-    from retro.chunks import Document
-
-    return [item.text for item in read_documents([str(path)], ReadOptions()) if isinstance(item, Document)]
+    return [document.text for document in _documents([str(path)], "text")]
 
 
 def _show(record: "Record", units: dict[str, list[Any]], out: Path | None, *, as_json: bool) -> None:

@@ -250,17 +250,52 @@ def score(
         )
         for d, near in zip(documents, neighbors, strict=True)
     ]
-    places = [
-        (number, start) for number, document in enumerate(documents) for start in _starts(len(document.ids) - 1, window)
-    ]
-    # Windows of like lengths together: little is padded.
-    places.sort(key=lambda place: -min(len(documents[place[0]].ids) - 1 - place[1], window.length))
+    places = _places(documents, window)
     for first in range(0, len(places), batch_size):
         few = places[first : first + batch_size]
-        _score_windows(model, documents, neighbors, scored, few, window, neighbor_len, part)
+        for number, token, hidden_tD, targets_t in _states(
+            model, documents, neighbors, few, window, neighbor_len, part
+        ):
+            losses, hits = losses_of(model, hidden_tD, targets_t)
+            scored[number].loss_n[token : token + len(losses)] = losses
+            scored[number].hit_n[token : token + len(losses)] = hits
         if progress is not None:
             progress(f"retrieval {mode}", first + len(few), len(places))
     return scored
+
+
+@torch.inference_mode()
+def states(
+    model: Any,
+    documents: Sequence[EvalDocument],
+    window: Window,
+    *,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Final activations without retrieval, each token's once.
+
+    Yields:
+        The document's number, the place of the first token, the activations [t, D] that predict it and those after it, and these
+        tokens [t].
+    """
+    window.check(model.chunk_len)
+    neighbors: list[Sequence[Sequence[Neighbor]]] = [()] * len(documents)
+    places = _places(documents, window)
+    for first in range(0, len(places), batch_size):
+        few = places[first : first + batch_size]
+        yield from _states(model, documents, neighbors, few, window, 1, "both")
+        if progress is not None:
+            progress("states of tokens", first + len(few), len(places))
+
+
+def _places(documents: Sequence[EvalDocument], window: Window) -> list[tuple[int, int]]:
+    """Document and first slot of all windows, those of like lengths together: little is padded."""
+    places = [
+        (number, start) for number, document in enumerate(documents) for start in _starts(len(document.ids) - 1, window)
+    ]
+    places.sort(key=lambda place: -min(len(documents[place[0]].ids) - 1 - place[1], window.length))
+    return places
 
 
 def _starts(length: int, window: Window) -> Iterator[int]:
@@ -272,16 +307,16 @@ def _starts(length: int, window: Window) -> Iterator[int]:
         yield start
 
 
-def _score_windows(
+def _states(
     model: Any,
     documents: Sequence[EvalDocument],
     neighbors: Sequence[Sequence[Sequence[Neighbor]]],
-    scored: list[Scored],
     places: list[tuple[int, int]],
     window: Window,
     R: int,
     part: Part,
-) -> None:
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """As `states`, of some windows and with neighbors."""
     M = model.chunk_len
     device = model.embedding.weight.device
     lengths = [min(len(documents[number].ids) - 1 - start, window.length) for number, start in places]
@@ -296,21 +331,20 @@ def _score_windows(
     arguments = {name: tensor.to(device) for name, tensor in near.items()}
     hidden_BTD = model.hidden(inputs_BT.to(device), keep_BT=keep_BT.to(device), **arguments)
     for b, ((number, start), length) in enumerate(zip(places, lengths, strict=True)):
-        if length <= 0:
-            continue
         begin = 0 if start == 0 else window.length - window.stride
-        targets_t = targets_BT[b, begin:length].to(device)
-        losses, hits = [], []
-        for hidden_tD, part_t in zip(
-            torch.split(hidden_BTD[b, begin:length], 256), torch.split(targets_t, 256), strict=True
-        ):
-            logits_tV = model.logits(hidden_tD[None])[0]
-            logits_tV = logits_tV.to(torch.promote_types(logits_tV.dtype, torch.float32))
-            losses.append(F.cross_entropy(logits_tV, part_t, reduction="none").double().cpu())
-            hits.append((logits_tV.argmax(-1) == part_t).cpu())
-        # The slot t predicts the token t + 1.
-        scored[number].loss_n[start + begin + 1 : start + length + 1] = torch.cat(losses).numpy()
-        scored[number].hit_n[start + begin + 1 : start + length + 1] = torch.cat(hits).numpy()
+        if length > begin:  # the slot t predicts the token t + 1
+            yield number, start + begin + 1, hidden_BTD[b, begin:length], targets_BT[b, begin:length].to(device)
+
+
+def losses_of(model: Any, hidden_tD: Tensor, targets_t: Tensor) -> tuple[Floats, NDArray[np.bool_]]:
+    """Loss of each token in nats, and whether it was the most probable one."""
+    losses, hits = [], []
+    for part_tD, part_t in zip(torch.split(hidden_tD, 256), torch.split(targets_t, 256), strict=True):
+        logits_tV = model.logits(part_tD[None])[0]
+        logits_tV = logits_tV.to(torch.promote_types(logits_tV.dtype, torch.float32))
+        losses.append(F.cross_entropy(logits_tV, part_t, reduction="none").double().cpu())
+        hits.append((logits_tV.argmax(-1) == part_t).cpu())
+    return torch.cat(losses).numpy(), torch.cat(hits).numpy()
 
 
 def _neighbor_tensors(
