@@ -187,7 +187,7 @@ def add_lora(base: Any, rank: int, alpha: float) -> None:
         DependencyError: peft is not installed.
     """
     if importlib.util.find_spec("peft") is None:
-        raise DependencyError('lora_rank needs the package peft: pip install peft, or "retro-lm[hf]"')
+        raise DependencyError('lora_rank needs the package peft: pip install peft, or "retro-lm[peft]"')
     import peft
     from transformers.pytorch_utils import Conv1D
 
