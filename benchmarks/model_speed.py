@@ -89,13 +89,13 @@ class Setting:
         return dataclasses.replace(self.model, cca_layers=())
 
 
-def interleaved(runs: dict[str, Callable[[], float]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each; the first round is not counted."""
+def interleaved(runs: dict[str, Callable[[], float]], repetitions: int, *, warm_up: int = 1) -> dict[str, float]:
+    """Median seconds of each; rounds before the repetitions are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(repetitions + 1):
+    for round_ in range(warm_up + repetitions):
         for name, run in runs.items():
             taken = run()
-            if round_:
+            if round_ >= warm_up:
                 seconds[name].append(taken)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -289,8 +289,7 @@ def train_peer(setting: Setting) -> dict[str, Any]:
     }
 
 
-def generate_peer(setting: Setting) -> dict[str, Any]:
-    new_tokens = 512
+def generate_peer(setting: Setting, new_tokens: int = 512) -> dict[str, Any]:
     peer = Peer(setting, new_tokens)
     model = network(setting.model).lay_out_for_decoding()
     V = setting.model.vocab_size
@@ -301,11 +300,13 @@ def generate_peer(setting: Setting) -> dict[str, Any]:
             "retro_pytorch": lambda: peer.seconds("generate"),
         },
         min(setting.repetitions, 3),
+        warm_up=0,  # minutes each
     )
     peer.close()
     return {
         "generation_against_retro_pytorch": seconds["retro_pytorch"] / seconds["ours"],
-        "seconds_for_512_tokens": seconds,
+        "tokens": new_tokens,
+        "seconds_of_generation": seconds,
     }
 
 
