@@ -22,6 +22,7 @@ from retro.data import Batch
 from retro.distributed import joined, rank_device
 from retro.errors import ConfigError
 from retro.plan import digits, mean_forward, memory_report, run_memory, share_added
+from retro.retrofit_costs import base_flops, base_memory, matrix_shapes, retrofit_flops
 from retro.train import Progress, Setup, StepResult, learning_rate, resolve_device, setup, train_step
 
 MAX_STEPS = 10
@@ -40,6 +41,48 @@ class Timing:
     """What was timed."""
     loss_nats: float
     """Of the last one, per token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BasePlan:
+    """What a pretrained base takes."""
+
+    parameters: int
+    """Of the base and all that was added."""
+    added: int
+    """Of encoder and CCA."""
+    sequence_flops: float
+    """Of a sequence, forward and backward."""
+    memory: dict[str, Memory]
+    """Weights, gradients and moments, by what becomes of the base: full, frozen, lora, 4-bit."""
+
+    @classmethod
+    def of(cls, parts: Setup, forward: Flops) -> "BasePlan":
+        """Counts a network made by `retro.retrofit`."""
+        model: Any = parts.model
+        options, config = parts.run.base, model.config
+        assert options is not None
+        added = sum(
+            p.numel() for module in (model.cca, model.encoder, model.encoder_embedding) for p in module.parameters()
+        )
+        of_base = base_flops(
+            matrix_shapes(model.base),
+            dim=config.dim,
+            vocab_size=config.vocab_size,
+            num_layers=config.num_layers,
+            inner=config.num_heads * config.head_dim,
+            seq_len=parts.run.train.seq_len,
+        )
+        through = 1.0 if options.lora_rank else (config.num_layers - min(config.cca_layers) + 1) / config.num_layers
+        bits = 8 * next(model.base.parameters()).element_size()
+        return cls(
+            parameters=sum(p.numel() for p in model.parameters()),
+            added=added,
+            sequence_flops=retrofit_flops(of_base, forward.retrieval, full=options.unfreeze < 0, through=through),
+            memory=base_memory(
+                model.base, added=added, lora_rank=options.lora_rank or 16, base_bits=bits, ranks=parts.ranks.size
+            ),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +106,14 @@ class RunPlan:
     """Bytes: on a GPU the most that PyTorch had in use, else the most that the process had in memory, programs included."""
     memory: Memory
     """Estimated."""
+    base: "BasePlan | None" = None
+    """Of a pretrained base that retrieval is put into."""
 
     @property
     def flops_per_step(self) -> float:
         """Model FLOPs."""
-        return training_flops(self.forward) * self.run.train.batch_size
+        of_sequence = training_flops(self.forward) if self.base is None else self.base.sequence_flops
+        return of_sequence * self.run.train.batch_size
 
     def report(self) -> dict[str, Any]:
         """Plain data, for people and programs."""
@@ -77,9 +123,16 @@ class RunPlan:
         if self.peak is not None:
             share = mfu(self.flops_per_step, timing.seconds, self.peak)
             utilization = {"mfu": round(share, 4), "peak": f"{self.peak / 1e12:g} TFLOP/s in bfloat16 (data sheet)"}
+        estimate: dict[str, Any] = {"estimate": memory_report(self.memory, "estimated_bytes")}
+        adds = share_added(self.forward)
+        if self.base is not None:
+            adds = f"{self.base.added:,} parameters"
+            estimate = {
+                f"weights_and_optimizer_{name}_bytes": memory.total for name, memory in self.base.memory.items()
+            }
         return {
             "device": self.device,
-            "parameters": self.parameters.total,
+            "parameters": self.parameters.total if self.base is None else self.base.parameters,
             "timed": timing.basis,
             "loss_nats": round(timing.loss_nats, 4),
             "seconds_per_step": digits(timing.seconds),
@@ -89,10 +142,10 @@ class RunPlan:
             "hours_left": digits(left * timing.seconds / 3600),
             "flops_per_step": float(f"{self.flops_per_step:.4g}"),
             "chunks_with_neighbors": round(self.retrieving, 4),
-            "retrieval_adds": share_added(self.forward),
+            "retrieval_adds": adds,
             **utilization,
             "measured_bytes": self.measured_memory,
-            "estimate": memory_report(self.memory, "estimated_bytes"),
+            **estimate,
             "notes": "Evaluations, samples and checkpoints come on top of the hours.",
         }
 
@@ -137,6 +190,7 @@ def measure_training(
     bfloat16 = parts.dtype == torch.bfloat16
     retrieving = _retrieving(parts, state)
     peak = device_peak_flops(name) if bfloat16 else None
+    forward = mean_forward(parts.run, retrieving)
     return RunPlan(
         run=parts.run,
         device=f"{f'{ranks.size} x ' if ranks.size > 1 else ''}{name}, {'bfloat16' if bfloat16 else 'float32'}",
@@ -144,7 +198,8 @@ def measure_training(
         timing=timing,
         steps_done=state.step,
         retrieving=retrieving,
-        forward=mean_forward(parts.run, retrieving),
+        forward=forward,
+        base=None if parts.run.base is None else BasePlan.of(parts, forward),
         peak=None if peak is None else peak * ranks.size,
         measured_memory=used,
         memory=run_memory(

@@ -318,7 +318,8 @@ def train_step(
     loss = torch.zeros((), device=device)
     for part in batch.split(micro_batch_size):
         loss_sum = _loss_sum(model, part, dtype, ranks)
-        (loss_sum / (tokens / ranks.size)).backward()  # type: ignore[no-untyped-call]  # FSDP averages over the ranks
+        if loss_sum.requires_grad:  # around a frozen base nothing does where no sequence has neighbors
+            (loss_sum / (tokens / ranks.size)).backward()  # type: ignore[no-untyped-call]  # FSDP averages over the ranks
         loss += loss_sum.detach() / tokens
     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
     own_loss_nats, grad_norm = torch.stack([loss, norm]).tolist()

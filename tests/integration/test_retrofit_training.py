@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from retro.checkpoint import load_model
 from retro.chunks import TrainingData
 from retro.config import BaseConfig, GenerateConfig, RunConfig, load_run_config
+from retro.dry_run import measure_training
 from retro.errors import ConfigError, DependencyError, MismatchError
 from retro.generate import generate
 from retro.metrics import METRICS, read_lines
@@ -26,7 +27,7 @@ from retro.model import Retro
 from retro.pretrained import base_sizes
 from retro.retrofit import load_retrofit
 from retro.tokenizer import Tokenizer
-from retro.train import train
+from retro.train import setup, train, train_step
 
 SIZES: dict[str, Any] = {
     "n_embd": 16,
@@ -362,3 +363,46 @@ def test_a_quantized_base_is_trained_around_with_adapters_and_known_again(
         changed.transformer.wte.weight[7] += 1
     with pytest.raises(MismatchError, match=r"transformer\.wte\.weight"):
         load_retrofit(folder, changed)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 4}, {"unfreeze": -1}])
+def test_a_dry_run_counts_the_base_and_gives_the_memory_of_every_way_to_train_it(
+    data: TrainingData, base: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    run = fit_run(data.folder, base, tmp_path / "toy.model", options)
+    plan = measure_training(run, seconds=5)
+    model: Any = setup(run).model
+    named = dict(model.named_parameters())
+    added = sum(p.numel() for name, p in named.items() if not name.startswith("base."))
+    report = plan.report()
+    assert report["parameters"] == sum(p.numel() for p in named.values())
+    assert report["retrieval_adds"] == f"{added:,} parameters"
+    sizes = {way: report[f"weights_and_optimizer_{way}_bytes"] for way in ("full", "frozen", "lora", "4-bit")}
+    frozen = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(base).parameters())
+    assert sizes["frozen"] == 16 * added + 4 * frozen
+    assert sizes["full"] == 16 * (added + frozen)
+    assert sizes["frozen"] < sizes["lora"] < sizes["full"]
+    assert sizes["4-bit"] < sizes["lora"]
+    assert not (tmp_path / "toy.model").exists()
+    # All of the base: three times its forward pass and encoder's; frozen: less.
+    assert plan.base is not None
+    whole = measure_training(fit_run(data.folder, base, tmp_path / "b.model", {"unfreeze": -1}), seconds=5)
+    assert whole.base is not None
+    assert (plan.base.sequence_flops == whole.base.sequence_flops) == (options == {"unfreeze": -1})
+    assert plan.base.sequence_flops <= whole.base.sequence_flops
+
+
+def test_a_step_in_which_no_sequence_has_neighbors_leaves_a_frozen_base_and_all_else_as_it_was(
+    data: TrainingData, base: Path, tmp_path: Path
+) -> None:
+    """Nothing that is trained takes part in it: there is no gradient, which is no error."""
+    parts = setup(fit_run(data.folder, base, tmp_path / "toy.model"))
+    before = {name: p.detach().clone() for name, p in parts.model.named_parameters()}
+    batch = parts.batches.batch(0, 2, neighbors="off")
+    result = train_step(
+        parts.model, parts.optimizer, batch, micro_batch_size=1, rate=1e-3, grad_clip=1.0, dtype=torch.float32
+    )
+    assert result.grad_norm == 0
+    assert result.loss_nats > 0
+    for name, parameter in parts.model.named_parameters():
+        assert torch.equal(parameter, before[name])
