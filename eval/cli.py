@@ -10,6 +10,8 @@ from retro.terminal import (
     AsJson,
     Corpora,
     Device,
+    IdField,
+    IndexFolder,
     IndexPath,
     Method,
     Overwrite,
@@ -173,6 +175,47 @@ def knn_lm(
             progress=progress,
         )
     _show(record, units, out, as_json=as_json)
+
+
+@eval_app.command("leakage")
+def leakage(
+    index: IndexFolder,
+    files: Annotated[list[str], typer.Argument(help="Evaluation files, as corpora.", metavar="EVALUATION_FILE...")],
+    fail_above: Annotated[
+        float | None, typer.Option(help="Exit with 1 where more than this share (0 to 1) of a file is in the index.")
+    ] = None,
+    text_field: TextField = "text",
+    id_field: IdField = "id",
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look for the documents of evaluation files in an index: word for word, near-duplicates, reworded copies.
+
+    \b
+    Example:
+      retro eval leakage wiki.index valid.jsonl test.jsonl --out report --fail-above 0.01
+    """
+    from eval.audit import audit_index
+    from index_builder.corpus import ReadOptions
+
+    if fail_above is not None and not 0 <= fail_above <= 1:
+        raise typer.BadParameter("must be a share from 0 to 1", param_hint="--fail-above")
+    with bars() as progress:
+        record, units = audit_index(
+            index, files, ReadOptions(text_field=text_field, id_field=id_field), progress=progress
+        )
+    _show(record, units, out, as_json=as_json)
+    if not as_json:
+        for row in record.rows["Found in the index"]:
+            shown = [
+                f"{name} {value:.3g}" if isinstance(value, float) else value for name, value in row.items() if value
+            ]
+            typer.echo("  ".join(map(str, shown)))
+    shares = {row["file"]: row["found"] / row["documents"] for row in record.rows["Evaluation files"]}
+    beyond = [f"{name} {100 * share:.3g}%" for name, share in shares.items() if share > (fail_above or 0.0)]
+    if fail_above is not None and beyond:
+        typer.echo(f"more than {100 * fail_above:g}% in the index: {', '.join(beyond)}", err=True)
+        raise typer.Exit(1)
 
 
 def _documents(corpora: list[str], text_field: str) -> "list[Document]":

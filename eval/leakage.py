@@ -1,16 +1,18 @@
-"""How much of an evaluation text its neighbors, or the documents of an index, hold already.
+"""How much of each chunk its neighbors hold already, and bits per byte over the chunks of which they hold little.
 
-Letters: N chunks, P pairs of a chunk and a neighbor, M tokens of the longest chunk, R of the longest neighbor, A thresholds.
+Letters: N chunks, P pairs of a chunk and a neighbor, M tokens of the longest chunk, R of the longest neighbor.
 
 Source: arXiv:2112.04426, section 2.6 and equation 5.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from eval.metrics import Difference, bootstrap_ratio, paired_bootstrap
 
 Tokens = NDArray[np.integer[Any]]
 Floats = NDArray[np.floating[Any]]
@@ -110,6 +112,57 @@ def overlap_curve(
         size = math.fsum(bytes_N[keep_N])
         values.append(math.fsum(loss_N[keep_N]) / math.log(2) / size if size > 0 else None)
     return tuple(values)
+
+
+def overlap_intervals(
+    loss_N: Floats,
+    bytes_N: Floats,
+    overlap_N: Floats,
+    document_N: Sequence[str],
+    thresholds: Sequence[float],
+    *,
+    seed: int = 0,
+) -> tuple[tuple[float, float] | None, ...]:
+    """95% intervals of `overlap_curve`, documents being drawn, not chunks: those of one document are alike.
+
+    Args:
+        loss_N, bytes_N, overlap_N, thresholds: As there.
+        document_N: Key of the document of each chunk.
+        seed: Of the resamples.
+    """
+    sums = _document_sums((loss_N, bytes_N), overlap_N, document_N, thresholds)
+    return tuple(bootstrap_ratio(loss, size, seed=seed) if size.sum() > 0 else None for loss, size in sums)
+
+
+def overlap_differences(
+    loss_N: Floats,
+    other_N: Floats,
+    bytes_N: Floats,
+    overlap_N: Floats,
+    document_N: Sequence[str],
+    thresholds: Sequence[float],
+    *,
+    seed: int = 0,
+) -> tuple[Difference | None, ...]:
+    """Differences between two systems' curves, loss less other in bits per byte, documents being drawn in pairs."""
+    sums = _document_sums((loss_N, other_N, bytes_N), overlap_N, document_N, thresholds)
+    return tuple(
+        paired_bootstrap(loss, other, size, seed=seed) if size.sum() > 0 else None for loss, other, size in sums
+    )
+
+
+def _document_sums(
+    columns: Sequence[Floats], overlap_N: Floats, document_N: Sequence[str], thresholds: Sequence[float]
+) -> Iterator[list[Floats]]:
+    """For each threshold the sums of each document, losses (all columns but the last, the bytes) in bits."""
+    numbers: dict[str, int] = {}
+    owner_N = np.array([numbers.setdefault(key, len(numbers)) for key in document_N], np.int64)
+    for allowed in thresholds:
+        keep_N = _at_most(overlap_N, allowed)
+        sums: list[Floats] = [
+            np.bincount(owner_N[keep_N], weights=c[keep_N], minlength=len(numbers)).astype(np.float64) for c in columns
+        ]
+        yield [*(losses / math.log(2) for losses in sums[:-1]), sums[-1]]
 
 
 def _at_most(overlap_N: Floats, allowed: float) -> NDArray[np.bool_]:
