@@ -170,7 +170,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: much less memory, about a third more work."""
     compile: bool = False
-    """Compile the network with torch.compile: minutes at the start, then quicker steps on a GPU."""
+    """Compile the network with torch.compile: minutes at the start, then quicker steps on a GPU. On several ranks in pieces."""
     timeout_s: float = 600.0
     """Under torchrun: seconds that ranks wait for each other before they give up one as lost."""
     seed: int = 0

@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from retro.checkpoint import (
     save_training,
 )
 from retro.config import TrainConfig
-from retro.errors import FormatError, MismatchError
+from retro.errors import FormatError, MismatchError, StorageError
 from retro.model import Retro
 from retro.tokenizer import Tokenizer
 from retro.train import make_optimizer
@@ -193,6 +195,17 @@ def test_a_state_of_another_network_is_a_mismatch(tmp_path: Path) -> None:
         other = make_model(**changes)
         with pytest.raises(MismatchError, match=message):
             load_training(tmp_path, other, make_optimizer(other, TrainConfig()))
+
+
+def test_a_full_disk_is_said_and_leaves_the_state_before(
+    tmp_path: Path, file_limit: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    model, optimizer = stepped(0)
+    save_training(tmp_path, model, optimizer, TrainingState(step=1))
+    with pytest.raises(StorageError, match="the disk is full"), file_limit(20_000):
+        save_training(tmp_path, model, optimizer, TrainingState(step=2))
+    assert [path.name for path in (tmp_path / TRAINING).iterdir()] == ["step-00000001"]
+    assert load_training(tmp_path, model, optimizer) == TrainingState(step=1)
 
 
 def truncate(path: Path) -> None:
