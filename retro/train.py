@@ -433,10 +433,27 @@ def train(run: RunConfig, *, overwrite: bool = False, progress: Callable[[Progre
             logger.info("%s is finished: %d steps", out, state.step)
             return out
         stack.callback(metrics.close)
-        with _interrupts() as interrupted:
+        with _interrupts() as interrupted, _explained_memory(config):
             state = _steps(parts, out, state, metrics, progress if ranks.is_first else None, interrupted)
-        _complete(parts, out, state, metrics)
+            _complete(parts, out, state, metrics)
     return out
+
+
+@contextlib.contextmanager
+def _explained_memory(config: TrainConfig) -> Iterator[None]:
+    """Says what to lower where a GPU's memory is not enough."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        smaller = max(config.micro_batch_size // 2, 1)
+        first = f"lower train.micro_batch_size (now {config.micro_batch_size}; {smaller} gives the same steps)"
+        ways = [first] if config.micro_batch_size > 1 else []
+        ways += [] if config.activation_checkpointing else ["set train.activation_checkpointing=true"]
+        ways += [f"lower train.seq_len ({config.seq_len}) or train.num_neighbors ({config.num_neighbors})"]
+        raise TrainingError(
+            f"the GPU has too little memory: {', or '.join(ways)}, or train on more GPUs with torchrun; the newest checkpoint "
+            f"is kept, so that the run goes on. ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _check_shared(out: Path) -> None:

@@ -21,6 +21,7 @@ from retro.artifact import MANIFEST, read_manifest
 from retro.checkpoint import KIND, TRAINING, WEIGHTS, load_model
 from retro.errors import ConfigError, FormatError, TrainingError
 from retro.metrics import METRICS, PLOT
+from retro.model import Retro
 from retro.train import Progress, setup, train, train_step
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
@@ -248,6 +249,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_batch(data: Path,
     assert [p.name for p in (tmp_path / "m" / TRAINING).iterdir()] == ["step-00000001"]
 
 
+@pytest.mark.parametrize(
+    "changes", [{"micro_batch_size": 2}, {"micro_batch_size": 1, "activation_checkpointing": True}]
+)
+def test_a_gpu_without_memory_says_which_setting_to_lower(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore that nobody reads")
+
+    monkeypatch.setattr(Retro, "forward", full)
+    with pytest.raises(TrainingError, match=r"too little memory") as caught:
+        train(toy_run(data, tmp_path / "m", **changes))
+    message = str(caught.value)
+    assert ("micro_batch_size (now 2; 1 gives the same steps)" in message) == (changes["micro_batch_size"] == 2)
+    assert ("activation_checkpointing" in message) == ("activation_checkpointing" not in changes)
+    assert "train.seq_len" in message
+    assert message.endswith("Tried to allocate 2.00 GiB.)")
+
+
 # --- killed -------------------------------------------------------------------------------------------------------
 
 # One process imports everything and forks a child for each run, which may die. A single thread, so that forking is safe.
@@ -256,6 +276,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 import torch
 from builders import toy_run
+from retro.model import Retro
 from retro.train import train
 
 torch.set_num_threads(1)
