@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 
 from eval import leakage
-from eval.leakage import chunk_overlaps, overlap, overlap_curve
+from eval.leakage import chunk_overlaps, overlap, overlap_curve, overlap_differences, overlap_intervals
+from eval.metrics import bootstrap_ratio, paired_bootstrap
 
 
 def naive_overlap(chunk: list[int], neighbors: list[list[int]]) -> float:
@@ -106,3 +107,28 @@ def test_there_is_no_value_where_no_chunk_is_left() -> None:
     assert overlap_curve(LOSS_N[1:], BYTES_N[1:], OVERLAP_N[1:], (0.0, 0.1)) == (None, None)
     assert overlap_curve(np.zeros(0), np.zeros(0), np.zeros(0), (1.0,)) == (None,)
     assert overlap_curve(np.zeros(1), np.zeros(1), np.zeros(1), (1.0,)) == (None,)
+
+
+# Intervals, drawing documents
+
+DOCUMENTS = ("a", "b", "a", "b")
+
+
+def test_the_interval_at_a_threshold_is_that_of_the_sums_of_documents() -> None:
+    found = overlap_intervals(LOSS_N, BYTES_N, OVERLAP_N, DOCUMENTS, (0.125, 0.5, 1.0), seed=3)
+    sums = [([3.0, 5.0], [10.0, 20.0]), ([4.0, 5.0], [15.0, 20.0]), ([4.0, 7.0], [15.0, 28.0])]
+    for interval, (losses, sizes) in zip(found, sums, strict=True):
+        expected = bootstrap_ratio(np.array(losses) / math.log(2), np.array(sizes), seed=3)
+        assert interval == pytest.approx(expected, rel=1e-12)
+
+
+def test_two_systems_are_compared_on_the_same_documents() -> None:
+    other_N = LOSS_N + np.array([1.0, 0.0, 1.0, -3.0])
+    none, half, whole = overlap_differences(LOSS_N, other_N, BYTES_N, OVERLAP_N, DOCUMENTS, (-1.0, 0.5, 1.0), seed=3)
+    assert none is None
+    assert half is not None
+    assert whole is not None
+    assert half.value == pytest.approx(-2 / math.log(2) / 35, rel=1e-12)
+    assert whole.value == pytest.approx(1 / math.log(2) / 43, rel=1e-12)
+    losses = (np.array([4.0, 7.0]) / math.log(2), np.array([6.0, 4.0]) / math.log(2))
+    assert whole.low == pytest.approx(paired_bootstrap(*losses, np.array([15.0, 28.0]), seed=3).low, rel=1e-12)
