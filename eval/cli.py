@@ -218,6 +218,54 @@ def leakage(
         raise typer.Exit(1)
 
 
+@eval_app.command("attribution")
+def attribution(
+    model: Annotated[str, typer.Argument(help="Folder of a model of ours.")],
+    text: Annotated[str, typer.Argument(help="A text; with --generate a prompt.")],
+    index: Annotated[Path, typer.Option(help="Folder of the index that the passages come from.")],
+    k: Annotated[int, typer.Option("-k", help="Neighbors of each chunk that are read.")] = 2,
+    generate: Annotated[int, typer.Option(help="Continue the prompt by so many tokens, which are attributed.")] = 0,
+    neighbor_len: Annotated[int, typer.Option(help="Tokens of a neighbor that are read.")] = 128,
+    method: Method = "dense",
+    where: Where = None,
+    device: Device = "auto",
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which passages moved which words: attention, and what becomes of them when a passage is left out.
+
+    With --out, a page of the shaded texts and a heat map lie beside the record, in `attribution`.
+
+    \b
+    Example:
+      retro eval attribution wiki.model "The capital of France" --index wiki.index --generate 16 --out report
+    """
+    from eval.attribution import AttributionConfig, measure_attribution
+    from eval.attribution_page import heat_map, write_page
+    from eval.lm_record import open_for_eval
+    from index_builder.search import METHODS, IndexRetriever
+
+    config = AttributionConfig(num_neighbors=k, neighbor_len=neighbor_len, generate=generate)
+    places = resolve_devices(device)
+    opened = open_for_eval(model, places)
+    chosen = choice(method, METHODS, "--retriever")
+    retriever = IndexRetriever.open(index, device=places, method=chosen, where=where)
+    record, units, found = measure_attribution(opened, text, config, retriever=retriever)
+    path = _show(record, units, out, as_json=as_json)
+    if out is not None and path is not None:
+        page = out / "attribution" / f"{path.stem}.html"
+        write_page(page, found, record.name)
+        heat_map(found, page.with_suffix(".svg"))
+        typer.echo(f"{page}; the heat map is {page.with_suffix('.svg')}", err=True)
+    if not as_json:
+        for row in record.rows["Passages"]:
+            share, added = row["share of attention, %"], row["added log-probability, nats"]
+            title = " ".join(row["title"].split())
+            typer.echo(
+                f"{row['passage']:3}  {share:5.1f}% attention  {added:+.3f} nats  {title}: {row['most attended']!r}"
+            )
+
+
 def _documents(corpora: list[str], text_field: str) -> "list[Document]":
     from index_builder.corpus import ReadOptions, read_documents
     from retro.chunks import Document
@@ -237,8 +285,9 @@ def _texts(path: Path) -> list[str]:
     return [document.text for document in _documents([str(path)], "text")]
 
 
-def _show(record: "Record", units: dict[str, list[Any]], out: Path | None, *, as_json: bool) -> None:
-    """Prints a record, and adds it to a report where one is named."""
+def _show(record: "Record", units: dict[str, list[Any]], out: Path | None, *, as_json: bool) -> Path | None:
+    """Prints a record, and adds it to a report where one is named; returns its file there."""
+    path = None
     if out is not None:
         from eval.report import finish
 
@@ -248,7 +297,7 @@ def _show(record: "Record", units: dict[str, list[Any]], out: Path | None, *, as
         from eval.records import to_json
 
         typer.echo(to_json(record))
-        return
+        return path
     width = max(map(len, record.figures), default=0)
     for name, figure in record.figures.items():
         value = "-" if figure.value is None else f"{figure.value:,.4g}"
@@ -263,3 +312,4 @@ def _show(record: "Record", units: dict[str, list[Any]], out: Path | None, *, as
                 f"{x:g}: {'-' if y is None else f'{y:.4g}'}" for x, y in zip(curve.x, values, strict=True)
             )
             typer.echo(f"  {name}: {points}")
+    return path
