@@ -1,11 +1,12 @@
 """Texts per second of the encoder, reading chunks and writing vectors included, against a bare SentenceTransformer.encode.
 
-    python benchmarks/encoder_speed.py [--chunks 1500] [--rounds 3] [--openvino] [--json]
+    python benchmarks/encoder_speed.py [--chunks 1500] [--rounds 3] [--openvino] [--onnx] [--json]
 
 Chunks of 64 tokens of the bundled SQuAD paragraphs; all variants in turn, `--rounds` times; medians. CPU seconds stand beside the
 time, because other jobs on the same cores lengthen the one and not the other. Also the smallest and mean cosine to the vectors of
 the bare model, and the recall@10 of neighbors by our vectors against neighbors by the bare model's. `--openvino` runs the network
-in OpenVINO, too, on our batches, where that package is installed (`pip install openvino`).
+in OpenVINO, `--onnx` in ONNX Runtime with dynamically quantized 8-bit weights, too, on our batches, where these packages are
+installed (`pip install openvino`, `pip install onnx onnxruntime`).
 """
 
 import argparse
@@ -40,28 +41,35 @@ def neighbors(vectors_NX: Floats) -> NDArray[np.int64]:
     return np.argsort(-scores_NN, axis=1, kind="stable")[:, :10]
 
 
-def in_openvino(encoder: Encoder, model: Any, precision: str) -> Callable[[list[str]], Floats]:
-    """The network of the default encoder in OpenVINO, as many threads as torch has."""
-    import torch
+class Network:
+    """The default encoder's network with ids and mask as its inputs, to be exported."""
 
-    openvino = importlib.import_module("openvino")  # not a dependency
+    @staticmethod
+    def of(model: Any) -> Any:
+        import torch
 
-    class Network(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
+        class Inner(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
 
-        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-            features = {"input_ids": input_ids, "attention_mask": attention_mask, "modality": "text"}
-            made: torch.Tensor = self.model(features)["sentence_embedding"]
-            return made
+            def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+                features = {"input_ids": input_ids, "attention_mask": attention_mask, "modality": "text"}
+                made: torch.Tensor = self.model(features)["sentence_embedding"]
+                return made
 
-    ids = torch.randint(1000, 20_000, (2, 66))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        network = openvino.convert_model(Network(), example_input=(ids, torch.ones_like(ids)))
-    options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    request = openvino.Core().compile_model(network, "CPU", options).create_infer_request()
+        return Inner().eval()
+
+    @staticmethod
+    def example() -> tuple[Any, Any]:
+        import torch
+
+        ids = torch.randint(1000, 20_000, (2, 66))
+        return ids, torch.ones_like(ids)
+
+
+def by_batches(encoder: Encoder, run: Callable[[Any, Any], Floats]) -> Callable[[list[str]], Floats]:
+    """Encodes texts with a network that runs elsewhere, on our batches."""
 
     def encode(texts: list[str]) -> Floats:
         vectors_NX = np.empty((len(texts), encoder.dim), np.float32)
@@ -69,18 +77,61 @@ def in_openvino(encoder: Encoder, model: Any, precision: str) -> Callable[[list[
         for numbers_B, length in encoder._batches(part):
             made = encoder._input(part, numbers_B, length, "document")
             assert isinstance(made, dict)
-            found = request.infer([made["input_ids"].numpy(), made["attention_mask"].numpy()])
-            vectors_NX[numbers_B] = found[0][: len(numbers_B)]
+            found = run(made["input_ids"].numpy(), made["attention_mask"].numpy())
+            vectors_NX[numbers_B] = found[: len(numbers_B)]
         return vectors_NX
 
     return encode
 
 
-def main() -> None:
+def in_openvino(encoder: Encoder, model: Any, precision: str) -> Callable[[list[str]], Floats]:
+    """The network in OpenVINO, as many threads as torch has."""
+    import torch
+
+    openvino = importlib.import_module("openvino")  # not a dependency
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = openvino.convert_model(Network.of(model), example_input=Network.example())
+    options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    request = openvino.Core().compile_model(network, "CPU", options).create_infer_request()
+    return by_batches(encoder, lambda ids, mask: request.infer([ids, mask])[0])
+
+
+def in_onnx(encoder: Encoder, model: Any, folder: Path) -> Callable[[list[str]], Floats]:
+    """The network in ONNX Runtime with 8-bit weights, quantized dynamically; as many threads as torch has."""
+    import torch
+
+    runtime = importlib.import_module("onnxruntime")  # not a dependency
+    quantization = importlib.import_module("onnxruntime.quantization")
+    axes = {"input_ids": {0: "batch", 1: "length"}, "attention_mask": {0: "batch", 1: "length"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Network.of(model),
+            Network.example(),
+            str(folder / "network.onnx"),
+            input_names=list(axes),
+            output_names=["vectors"],
+            dynamic_axes=axes,
+            dynamo=False,
+        )
+    quantization.quantize_dynamic(
+        folder / "network.onnx", folder / "quantized.onnx", weight_type=quantization.QuantType.QInt8
+    )
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(str(folder / "quantized.onnx"), options, providers=["CPUExecutionProvider"])
+    return by_batches(
+        encoder, lambda ids, mask: np.asarray(session.run(None, {"input_ids": ids, "attention_mask": mask})[0])
+    )
+
+
+def main() -> None:  # noqa: PLR0915 - one measurement from beginning to end
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=1500, help="about so many")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--openvino", action="store_true")
+    parser.add_argument("--onnx", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     fast = resolve_dtype("auto", "cpu")
@@ -124,6 +175,13 @@ def main() -> None:
                     made[key] = encode(texts)
 
                 variants[f"OpenVINO, {precision}"] = by_openvino
+        if arguments.onnx:
+            encode_8_bit = in_onnx(encoders["float32"], bare, folder)
+
+            def by_onnx() -> None:
+                made["ONNX 8 bit"] = encode_8_bit(texts)
+
+            variants["ONNX, 8 bit"] = by_onnx
         seconds: dict[str, list[tuple[float, float]]] = {label: [] for label in variants}
         for _ in range(arguments.rounds):
             for label, run in variants.items():
