@@ -2,6 +2,8 @@
 
 import html
 import math
+import re
+from collections.abc import Sequence
 
 
 class Html(str):
@@ -42,7 +44,7 @@ def number(value: float | None, spread: float | None = None) -> str:
 
     Args:
         value: Whole numbers of type int are written in full.
-        spread: Half the width of its interval: two digits of that are shown. Without: four significant digits.
+        spread: Half the width of its interval: two digits of that are shown. Without: up to four significant digits.
     """
     if value is None:
         return "not given"
@@ -52,7 +54,20 @@ def number(value: float | None, spread: float | None = None) -> str:
         return str(value)
     if spread and math.isfinite(spread):
         return f"{value:,.{_decimals(spread, 2)}f}"
-    return f"{value:.3g}" if 0 < abs(value) < 1e-4 else f"{value:,.{_decimals(value, 4)}f}"
+    if 0 < abs(value) < 1e-4:
+        return f"{value:.3g}"
+    whole, point, rest = f"{value:,.{_decimals(value, 4)}f}".partition(".")
+    return whole + (point + rest).rstrip("0").rstrip(".")
+
+
+def column(values: Sequence[float | None]) -> list[str]:
+    """Numbers below each other: alike in their decimals; nothing where there is none."""
+    texts = ["" if value is None else number(value) for value in values]
+    decimals = max((len(text.partition(".")[2]) for text in texts if "e" not in text), default=0)
+    return [
+        f"{value:,.{decimals}f}" if isinstance(value, float) and re.fullmatch(r"[-\d,.]+", text) else text
+        for value, text in zip(values, texts, strict=True)
+    ]
 
 
 def interval(low: float | None, high: float | None) -> str:

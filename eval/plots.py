@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from eval.markup import Html, interval, join, number, tag
+from eval.markup import Html, column, interval, join, number, tag
 from eval.records import Curve, Figure
 
 WIDTH, HEIGHT = 360.0, 220.0
@@ -40,7 +40,7 @@ def bars(figures: Mapping[str, Figure], title: str, key: str) -> Html:
 
     bottom = _ROW * len(figures) + 4
     parts = [_line(x(t), 2, x(t), bottom, "grid") for t in ticks]
-    parts += [_text(x(t), bottom + 15, _tick(t), _anchor(x(t))) for t in ticks]
+    parts += [_tick(x(t), bottom + 15, text) for t, text in zip(ticks, _tick_texts(ticks), strict=True)]
     for row, (label, figure) in enumerate(figures.items()):
         y, color = row * _ROW + 26.0, f"s{row % _COLORS + 1}"
         value = figure.value or 0.0
@@ -65,11 +65,13 @@ def bars(figures: Mapping[str, Figure], title: str, key: str) -> Html:
             parts.append(tag("circle", cx=_r(x(value)), cy=_r(y + 2), r=4, class_=f"fill {color}"))
     said = "; ".join(_said(label, figure) for label, figure in figures.items())
     unit = next(iter(figures.values())).unit
-    note = "" if from_zero else " The axis does not begin at 0."
     drawn = _svg(key, title, f"{unit}. {said}.", bottom + 22, parts)
-    has_interval = any(f.low is not None for f in figures.values())
-    whiskers = " Lines: 95% intervals." if has_interval else ""
-    return tag("figure", tag("figcaption", tag("strong", title), tag("span", f"{unit}.{whiskers}{note}")), drawn)
+    remarks = [
+        unit if unit != title else "",
+        "lines: 95% intervals" if any(f.low is not None for f in figures.values()) else "",
+        "" if from_zero else "the axis does not begin at 0",
+    ]
+    return _figure(title, ", ".join(filter(None, remarks)), drawn)
 
 
 def lines(curve: Curve, title: str, key: str) -> Html:
@@ -84,23 +86,20 @@ def lines(curve: Curve, title: str, key: str) -> Html:
     curve = replace(curve, series={name: _finite(values) for name, values in curve.series.items()})
     shown = [x for x in curve.x if math.isfinite(x) and (x > 0 or not curve.log_x)]
     values = [v for series in curve.series.values() for v in series if v is not None]
-    caption = tag("figcaption", tag("strong", title), tag("span", curve.y_label))
     if not shown or not values:
-        return tag("figure", caption, tag("p", "There is no value to draw."))
+        return _figure(title, curve.y_label, tag("p", "There is no value to draw."))
     x_scale = _Scale(min(shown), max(shown), _LEFT, WIDTH - _RIGHT, log=curve.log_x)
     margin = (max(values) - min(values)) * 0.06 or abs(max(values)) * 0.1 or 1.0
     y_scale = _Scale(min(values) - margin, max(values) + margin, HEIGHT - _BOTTOM, _TOP)
-    parts = [
-        join(
-            _line(_LEFT, y_scale(t), WIDTH - _RIGHT, y_scale(t), "grid"),
-            _text(_LEFT - 5, y_scale(t) + 4, _tick(t), "end"),
-        )
-        for t in _ticks(y_scale.low, y_scale.high, 5)
-    ]
+    parts = []
+    y_ticks = _ticks(y_scale.low, y_scale.high, 5)
+    for t, text in zip(y_ticks, _tick_texts(y_ticks), strict=True):
+        parts.append(_line(_LEFT, y_scale(t), WIDTH - _RIGHT, y_scale(t), "grid"))
+        parts.append(_text(_LEFT - 5, y_scale(t) + 4, text, "end"))
     x_ticks = _log_ticks(shown) if curve.log_x else _ticks(x_scale.low, x_scale.high, 6)
-    for t in x_ticks:
+    for t, text in zip(x_ticks, _tick_texts(x_ticks), strict=True):
         parts.append(_line(x_scale(t), HEIGHT - _BOTTOM, x_scale(t), HEIGHT - _BOTTOM + 4, "axis"))
-        parts.append(_text(x_scale(t), HEIGHT - _BOTTOM + 16, _tick(t), "end" if x_scale(t) > WIDTH - 24 else "middle"))
+        parts.append(_tick(x_scale(t), HEIGHT - _BOTTOM + 16, text))
     parts.append(_line(_LEFT, HEIGHT - _BOTTOM, WIDTH - _RIGHT, HEIGHT - _BOTTOM, "axis"))
     parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 4, curve.x_label, "middle"))
     for place, series in enumerate(curve.series.values()):
@@ -116,7 +115,11 @@ def lines(curve: Curve, title: str, key: str) -> Html:
     legend = tag("ul", *entries, class_="legend") if len(entries) > 1 else None
     said = " ".join(_course(name, curve.x, series) for name, series in curve.series.items())
     drawn = _svg(key, title, f"{curve.y_label} over {curve.x_label}. {said}", HEIGHT, parts)
-    return tag("figure", caption, drawn, legend, _values(curve, title))
+    return _figure(title, curve.y_label, drawn, legend, _values(curve, title))
+
+
+def _figure(title: str, remark: str, *parts: Html | None) -> Html:
+    return tag("figure", tag("figcaption", tag("strong", title), tag("span", remark)), *parts)
 
 
 class _Scale:
@@ -166,12 +169,14 @@ def _marker(x: float, y: float, place: int, color: str) -> Html:
 def _values(curve: Curve, title: str) -> Html:
     """What is drawn, in numbers; of long curves evenly spaced points."""
     step = -(-len(curve.x) // 100)
+    chosen = sorted({*range(0, len(curve.x), step), len(curve.x) - 1})
+    columns = [column([series[i] for i in chosen]) for series in (curve.x, *curve.series.values())]
     rows = [
-        tag("tr", tag("th", number(x), scope="row"), *(tag("td", number(s[i])) for s in curve.series.values()))
-        for i, x in enumerate(curve.x)
-        if i % step == 0 or i == len(curve.x) - 1
+        tag("tr", tag("th", x, scope="row"), *(tag("td", value, class_="n") for value in values))
+        for x, *values in zip(*columns, strict=True)
     ]
-    head = tag("tr", *(tag("th", name, scope="col") for name in (curve.x_label, *curve.series)))
+    named = (tag("th", name, scope="col", class_="n") for name in curve.series)
+    head = tag("tr", tag("th", curve.x_label, scope="col"), *named)
     caption = f"{title}: {curve.y_label}" + ("" if step == 1 else f"; one point of {step}")
     table = tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *rows))
     scroll = tag("div", table, class_="scroll", tabindex="0", role="group", aria_label=f"Values of {title}")
@@ -200,7 +205,7 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
     """Round numbers between two ends."""
     raw = (high - low) / about
     base = 10.0 ** math.floor(math.log10(raw))
-    step = next(base * m for m in (1, 2, 5, 10) if base * m >= raw * 0.999)
+    step = next(base * m for m in (1, 2, 5, 10) if base * m >= raw * 0.7)
     first = math.ceil(low / step - 1e-9)
     return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -219,15 +224,18 @@ def _log_ticks(xs: Sequence[float]) -> list[float]:
     return within if len(within) <= 8 else [t for t in within if math.log10(t) % 1 < 1e-9]
 
 
-def _tick(value: float) -> str:
+def _tick_texts(ticks: Sequence[float]) -> list[str]:
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if suffix == 'k' else size):g}{suffix}"
-    return f"{value:g}"
+        if max(map(abs, ticks), default=0.0) >= size:
+            ticks = [t / (1e3 if suffix == "k" else size) for t in ticks]
+            return [text + suffix for text in column(ticks)]
+    return column(ticks)
 
 
-def _anchor(x: float) -> str:
-    return "start" if x < 16 else "end" if x > WIDTH - 16 else "middle"
+def _tick(x: float, y: float, text: str) -> Html:
+    """Below an axis; moved inwards where it would be cut off."""
+    half = 3.6 * len(text)
+    return _text(min(max(x, half), WIDTH - half), y, text, "middle")
 
 
 def _svg(key: str, title: str, description: str, height: float, parts: Sequence[Html]) -> Html:

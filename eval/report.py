@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from eval.markup import Html, interval, join, number, tag
+from eval.markup import Html, column, interval, join, number, tag
 from eval.plots import bars, lines
 from eval.records import RECORDS, Figure, Record, read_records, write_record
 from retro.artifact import write_atomically
@@ -29,6 +29,7 @@ KINDS = {
 """Titles of the kinds, in the order of their sections."""
 _SHOWN_ROWS = 200
 _LONG_TEXT = 40
+_NUMBERS = ("Value", "95% interval", "Over")
 
 
 def finish(out: Path, record: Record, units: Mapping[str, Sequence[Any]] | None = None) -> Path:
@@ -99,17 +100,17 @@ def _summary(ordered: Sequence[tuple[Path, Record]], keys: Mapping[Path, str]) -
     """The first figure of each record, with a link to all of it."""
     rows = []
     for path, record in ordered:
-        name, figure = next(iter(record.figures.items()), ("", None))
-        cells = _figure_cells(figure) if figure else [tag("td", class_="n"), tag("td", class_="n"), tag("td")]
         link = tag("a", record.name, href=f"#{keys[path]}")
-        rows.append(tag("tr", tag("th", link, scope="row"), tag("td", _kind(record)), tag("td", name), *cells))
-    head = _head("Record", "Kind", "First figure", "Value", "95% interval", "Unit", right=("Value", "95% interval"))
-    return _table("Summary", head, rows)
+        name, figure = next(iter(record.figures.items()), ("", Figure(value=None, unit="")))
+        cells = _figure_cells(figure) if record.figures else [tag("td"), tag("td")]
+        first = tag("td", _with_unit(name, figure))
+        rows.append(tag("tr", tag("th", link, tag("span", _kind(record), class_="kind"), scope="row"), first, *cells))
+    return _table("Summary", _head("Record", "First figure", "Value", "95% interval", right=_NUMBERS), rows)
 
 
 def _section(path: Path, record: Record, key: str) -> Html:
     facts = [f"{record.created[:16].replace('T', ' ')} UTC" if record.created else None]
-    facts += [f"{number(record.seconds)} s" if record.seconds else None, f"seed {record.seed}"]
+    facts += [f"took {record.seconds:,.3g} s" if record.seconds else None, f"seed {record.seed}"]
     file = tag("a", path.name, href=f"{RECORDS}/{path.name}")
     return tag(
         "section",
@@ -135,20 +136,23 @@ def _figures(record: Record) -> Html | None:
     rows = [
         tag(
             "tr",
-            tag("th", name, scope="row"),
-            *_figure_cells(f),
-            tag("td", number(f.count) if f.count else "", class_="n"),
+            tag("th", _with_unit(name, figure), scope="row"),
+            *_figure_cells(figure),
+            tag("td", number(figure.count) if figure.count else "", class_="n"),
         )
-        for name, f in record.figures.items()
+        for name, figure in record.figures.items()
     ]
-    numbers = ("Value", "95% interval", "Over")
-    return _table(f"Figures of {record.name}", _head("Figure", *numbers[:2], "Unit", numbers[2], right=numbers), rows)
+    return _table(f"Figures of {record.name}", _head("Figure", *_NUMBERS, right=_NUMBERS), rows)
+
+
+def _with_unit(name: str, figure: Figure) -> str:
+    return name if figure.unit in name else f"{name} ({figure.unit})"
 
 
 def _figure_cells(figure: Figure) -> list[Html]:
     spread = None if figure.low is None or figure.high is None else (figure.high - figure.low) / 2
     between = interval(figure.low, figure.high)
-    return [tag("td", number(figure.value, spread), class_="n"), tag("td", between, class_="n"), tag("td", figure.unit)]
+    return [tag("td", number(figure.value, spread), class_="n"), tag("td", between, class_="n between")]
 
 
 def _plots(record: Record, key: str) -> Html | None:
@@ -166,35 +170,32 @@ def figure_groups(figures: Mapping[str, Figure]) -> Iterator[tuple[str, dict[str
         if figure.unit and figure.value is not None and math.isfinite(figure.value):
             start, comma, rest = name.partition(", ")
             groups.setdefault((figure.unit, start if comma else ""), {})[rest or start] = figure
-    yield from ((start or unit, group) for (unit, start), group in groups.items() if len(group) > 1)
+    yield from ((start or f"Figures in {unit}", group) for (unit, start), group in groups.items() if len(group) > 1)
 
 
 def _rows(title: str, rows: Sequence[Mapping[str, Any]]) -> Html | None:
     if not rows:
         return tag("p", f"{title}: none.")
-    columns = list(rows[0])
-    numeric = [c for c in columns if all(isinstance(r.get(c), int | float | None) for r in rows)]
-    long = {c for c in columns if any(len(_cell(r.get(c))) > _LONG_TEXT for r in rows[:_SHOWN_ROWS])}
+    names, shown = list(rows[0]), rows[:_SHOWN_ROWS]
+    columns, classes = [], []
+    for place, name in enumerate(names):
+        values = [row.get(name) for row in shown]
+        numeric = place > 0 and all(isinstance(v, int | float | None) and not isinstance(v, bool) for v in values)
+        columns.append(column(values) if numeric else [_cell(value) for value in values])
+        classes.append("n" if numeric else "long" if any(len(text) > _LONG_TEXT for text in columns[-1]) else None)
     # The first column names the row.
     body = [
         tag(
             "tr",
-            *(
-                tag(
-                    "td" if place else "th",
-                    _cell(row.get(c)),
-                    class_="n" if c in numeric and place else "long" if c in long else None,
-                    scope=None if place else "row",
-                )
-                for place, c in enumerate(columns)
-            ),
+            tag("th", first, scope="row", class_=classes[0]),
+            *(tag("td", text, class_=c) for text, c in zip(rest, classes[1:], strict=True)),
         )
-        for row in rows[:_SHOWN_ROWS]
+        for first, *rest in zip(*columns, strict=True)
     ]
-    more = (
-        "" if len(rows) <= _SHOWN_ROWS else f" (the first {_SHOWN_ROWS} of {len(rows):,} rows; all are in the record)"
-    )
-    return _table(title + more, _head(*columns, right=[c for c in numeric if c != columns[0]]), body)
+    if len(rows) > len(shown):
+        title += f" (the first {len(shown)} of {len(rows):,} rows; all are in the record)"
+    right = [name for name, c in zip(names, classes, strict=True) if c == "n"]
+    return _table(title, _head(*names, right=right), body)
 
 
 def _cell(value: Any) -> str:
@@ -212,7 +213,7 @@ def _repeat(record: Record) -> Html:
         _settings("Environment", dict(_flat(record.environment))),
     ]
     command = tag("pre", tag("code", shlex.join(record.command))) if record.command else None
-    return tag("details", tag("summary", "How to repeat it"), command, *tables)
+    return tag("details", tag("summary", "How to repeat it"), command, tag("div", *tables, class_="columns"))
 
 
 def _settings(title: str, settings: Mapping[str, Any]) -> Html | None:
@@ -228,7 +229,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            yield f"{prefix}{key}", ", ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else value
 
 
 def _head(*columns: str, right: Sequence[str] = ()) -> Html:
