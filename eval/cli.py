@@ -266,6 +266,66 @@ def attribution(
             )
 
 
+@eval_app.command("retrieval")
+def retrieval(
+    index: IndexFolder,
+    questions: Annotated[Path | None, typer.Option(help="JSON lines of `question` and `answers`.")] = None,
+    beir: Annotated[Path | None, typer.Option(help="Folder of a BEIR data set, of whose corpus the index is.")] = None,
+    queries: Annotated[Path | None, typer.Option(help="TREC topics, id-tab-text lines or BEIR's JSON lines;")] = None,
+    qrels: Annotated[Path | None, typer.Option(help="and their relevance judgments.")] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--retriever", help="As in dense,bm25,hybrid,rerank; the others are compared with the first."),
+    ] = None,
+    k: Annotated[str, typer.Option("-k", help="Passages or documents looked at.")] = "1,5,20,100",
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Against exact search of the same vectors, too; always without questions.")
+    ] = False,
+    where: Where = None,
+    limit: Limit = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Recall of an index against exact search, answers or relevance judgments; how fast; several retrievers side by side.
+
+    \b
+    Examples:
+      retro eval retrieval wiki.index
+      retro eval retrieval wiki.index --questions nq.jsonl --retriever dense,bm25,hybrid,rerank --out report
+      retro eval retrieval scifact.index --beir scifact --retriever dense,bm25
+    """
+    from eval.judgments import read_beir, read_judged, read_questions
+    from eval.retrieval import measure_retrieval
+    from index_builder.search import METHODS, IndexRetriever
+
+    if (queries is None) != (qrels is None) or sum(given is not None for given in (questions, beir, qrels)) > 1:
+        raise typer.BadParameter("give --questions, --beir, or --queries with --qrels: one of these at most")
+    names = [name.strip() for part in methods or ["dense"] for name in part.split(",")]
+    chosen = [choice(name, METHODS, "--retriever") for name in names]
+    asked = None
+    if questions is not None:
+        asked = read_questions(questions)
+    elif beir is not None:
+        asked = read_beir(beir)
+    elif queries is not None and qrels is not None:
+        asked = read_judged(queries, qrels)
+    retriever = IndexRetriever.open(index, device=resolve_devices(device), where=where)
+    with bars() as progress:
+        record, units = measure_retrieval(
+            retriever,
+            asked,
+            methods=chosen,
+            ks=[_number(part, "-k") for part in k.split(",")],
+            exact=exact,
+            limit=limit,
+            seed=seed,
+            progress=progress,
+        )
+    _show(record, units, out, as_json=as_json)
+
+
 def _documents(corpora: list[str], text_field: str) -> "list[Document]":
     from index_builder.corpus import ReadOptions, read_documents
     from retro.chunks import Document
