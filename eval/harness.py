@@ -9,8 +9,8 @@ The context of a log-likelihood and a prompt end on a chunk border (lead = -n mo
 for the continuation. A document scored as a whole (`loglikelihood_rolling`) has no lead; its windows are lm-eval's and stand on the
 document's grid. Every finished chunk that the model has read is looked up by its text, and no other.
 
-Requests are tokenized, cut from the left and batched by lm-eval's code for `--model hf`. A RETROfitted model is tokenized like its base,
-and with k = 0 that code runs on the base: so the results are those of `--model hf` on it (if no weights of the base were trained).
+Requests are tokenized by lm-eval's code for `--model hf`, those to a RETROfitted model by its base's tokenizer; and with k = 0 that
+code runs on the base: so the results are those of `--model hf` on it, if none of its weights were trained, in the same precision.
 
 Letters as in retro/model.py; besides, N scored tokens.
 """
@@ -30,7 +30,6 @@ from index_builder.search import IndexRetriever
 from retro.artifact import read_json
 from retro.checkpoint import CONFIG
 from retro.chunks import Passage
-from retro.config import GenerateConfig
 from retro.errors import ConfigError, DependencyError, FormatError, MismatchError, RetroError
 from retro.generate import Lookup, Retriever, Role
 from retro.hub import RetroForCausalLM
@@ -120,28 +119,24 @@ class RetroLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             FormatError: Model or index is missing or damaged.
             MismatchError: The tokenizer has other tokens than the model.
         """
-        folder = Path(pretrained)
-        if not (folder / CONFIG).is_file():
-            raise FormatError(
-                f"pretrained = {pretrained}: there is no {CONFIG} in it; name the folder of a model of ours"
-            )
+        info = read_json(Path(pretrained) / CONFIG) if (Path(pretrained) / CONFIG).is_file() else None
+        if not isinstance(info, dict) or not {"num_neighbors", "neighbor_len", "training"} <= info.keys():
+            raise FormatError(f"pretrained = {pretrained} is no folder of a model of ours (of others: --model hf)")
         if unknown := sorted(options.keys() - OPTIONS):
             raise ConfigError(
-                f"model_args: {', '.join(unknown)} is unknown; besides ours there are {', '.join(sorted(OPTIONS))}"
+                f"model_args: {', '.join(unknown)} is unknown; besides ours: {', '.join(sorted(OPTIONS))}"
             )
-        self._info: dict[str, Any] = read_json(folder / CONFIG)
-        defaults = GenerateConfig()
-        self._settings = GenerateConfig(
-            num_neighbors=self._info.get("num_neighbors", defaults.num_neighbors) if k is None else k,
-            neighbor_len=self._info.get("neighbor_len", defaults.neighbor_len)
-            if neighbor_len is None
-            else neighbor_len,
-        )
+        self._info: dict[str, Any] = info
+        self._K: int = info["num_neighbors"] if k is None else k
+        self._R: int = info["neighbor_len"] if neighbor_len is None else neighbor_len
+        for name, value, least in (("k", self._K, 0), ("neighbor_len", self._R, 1)):
+            if type(value) is not int or value < least:
+                raise ConfigError(f"{name} = {value}: give a whole number from {least} on")
         self._index, self._retriever, self._where = index, retriever, where
-        if self._settings.num_neighbors:
+        if self._K:
             if index is None and isinstance(retriever, str):
                 raise ConfigError(
-                    f"k = {self._settings.num_neighbors} needs an index: add index=FOLDER to model_args, or k=0 for no retrieval"
+                    f"k = {self._K} needs an index: add index=FOLDER to model_args, or k=0 for no retrieval"
                 )
             if not str(batch_size).isdigit():
                 raise ConfigError(f"batch_size = {batch_size}: with retrieval give a number")
@@ -156,8 +151,8 @@ class RetroLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             batch_size=batch_size,
             **options,
         )
-        if self._max_length is None and not self._fitted:
-            self._max_length = self._info["training"].get("settings", {}).get("seq_len")
+        if options.get("max_length") is None and not self._fitted:
+            self._max_length = info["training"].get("settings", {}).get("seq_len")
 
     @property
     def _fitted(self) -> bool:
@@ -170,8 +165,7 @@ class RetroLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     def _get_config(self, pretrained: str, **_: Any) -> None:
         """Called as soon as the device is known: opens everything, for a base's configuration comes with it."""
-        K = self._settings.num_neighbors
-        if K and isinstance(self._retriever, str):
+        if self._K and isinstance(self._retriever, str):
             method: Any = self._retriever
             self._retriever = IndexRetriever.open(
                 str(self._index), device=str(self._device), method=method, where=self._where
@@ -187,15 +181,13 @@ class RetroLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             raise FormatError(f"{pretrained} holds no tokenizer.json: copy the whole folder again")
         self._config = self._model.config
         self._own_tokenizer = tokenizer
-        if not K or isinstance(self._retriever, str):
+        if not self._K or isinstance(self._retriever, str):
             return
         remembering = Remembering(self._retriever)
-        self._lookup = Lookup(
-            tokenizer=tokenizer, retriever=remembering, num_neighbors=K, neighbor_len=self._settings.neighbor_len
-        )
+        self._lookup = Lookup(tokenizer=tokenizer, retriever=remembering, num_neighbors=self._K, neighbor_len=self._R)
         if not self._fitted:
-            self._model.config.neighbor_len = self._settings.neighbor_len
-            self._model.set_retriever(remembering, K)
+            self._model.config.neighbor_len = self._R
+            self._model.set_retriever(remembering, self._K)
 
     def _create_model(self, *_: Any, **__: Any) -> None:
         """It is there already."""
@@ -226,8 +218,8 @@ class RetroLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             "model_dtype": self._model.dtype,
             "tokenizer_fingerprint": self._own_tokenizer.fingerprint,
             "retrieval": {
-                "k": self._settings.num_neighbors,
-                "neighbor_len": self._settings.neighbor_len,
+                "k": self._K,
+                "neighbor_len": self._R,
                 "retriever": getattr(self._retriever, "method", None),
                 "where": self._where,
                 "index_fingerprint": getattr(self._retriever, "fingerprint", None),
@@ -252,7 +244,8 @@ class RetroLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         for _, context, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
                 raise ConfigError(
-                    f"a continuation of {len(continuation)} tokens cannot be scored: it must have 1 to max_length = {self.max_length}"
+                    f"a continuation of {len(continuation)} tokens cannot be scored: it must have 1 to {self.max_length} "
+                    "(max_length)"
                 )
             kept = (context + continuation)[-(self.max_length + 1) :]
             lead = -(len(kept) - len(continuation)) % self._network.chunk_len
