@@ -17,6 +17,7 @@ number has saved.
 """
 
 import contextlib
+import inspect
 import logging
 import shutil
 import warnings
@@ -499,7 +500,10 @@ def _write_parts(place: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    writer = HuggingFaceStorageWriter(str(place), save_distributed=True)
+    known = inspect.signature(HuggingFaceStorageWriter).parameters
+    each_its_own = "save_distributed" if "save_distributed" in known else "save_sharded"  # torch 2.8 has the latter
+    options: dict[str, Any] = {each_its_own: True}
+    writer = HuggingFaceStorageWriter(str(place), **options)
     with _failing_as_it_did(), _without_warning_of_one_process():
         save(tensors, storage_writer=writer, no_dist=ranks.size == 1)
 
