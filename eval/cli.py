@@ -326,6 +326,69 @@ def retrieval(
     _show(record, units, out, as_json=as_json)
 
 
+@eval_app.command("compare")
+def compare_records(
+    reports: Annotated[
+        list[Path], typer.Argument(help="Folders of reports, or files of records.", metavar="REPORT...", exists=True)
+    ],
+    seed: Seed = 0,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Records of the same kind side by side: seeds as one, pairs tested by paired bootstrap over their units.
+
+    \b
+    Example:
+      retro eval compare report-off report-on --out report
+    """
+    from eval.compare import compare
+
+    record = compare(reports, seed=seed)
+    if out is not None:
+        from eval.report import finish
+
+        typer.echo(f"{finish(out, record)}; the page is {out / 'report.html'}", err=True)
+    if as_json:
+        from eval.records import to_json
+
+        typer.echo(to_json(record))
+        return
+    from eval.markup import column
+
+    for title, rows in record.rows.items():
+        columns = []
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            right = all(isinstance(value, int | float | None) for value in values)
+            texts = [name, *(column(values) if right else map(str, values))]
+            columns.append(
+                [text.rjust(max(map(len, texts))) if right else text.ljust(max(map(len, texts))) for text in texts]
+            )
+        typer.echo("\n".join([f"{title}:", *("  ".join(line).rstrip() for line in zip(*columns, strict=True)), ""]))
+    for note in record.notes:
+        typer.echo(note)
+
+
+@eval_app.command("readme")
+def fill_readme(
+    file: Annotated[Path, typer.Argument(help="Text with markers: <!-- results:NAME --> and <!-- /results -->.")],
+    reports: Annotated[
+        list[Path], typer.Argument(help="Folders of reports, or files of records.", metavar="REPORT...", exists=True)
+    ],
+    check: Annotated[bool, typer.Option(help="Write nothing; fail where the file differs from the records.")] = False,
+) -> None:
+    """Puts tables of results into a text, between markers; NAME is a record's file without its number.
+
+    \b
+    Example:
+      retro eval readme README.md report --check
+    """
+    from eval.readme import fill
+
+    count = fill(file, reports, check=check)
+    typer.echo(f"{file}: {count} tables {'are those of' if check else 'from'} the records")
+
+
 def _documents(corpora: list[str], text_field: str) -> "list[Document]":
     from index_builder.corpus import ReadOptions, read_documents
     from retro.chunks import Document

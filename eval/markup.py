@@ -78,5 +78,10 @@ def interval(low: float | None, high: float | None) -> str:
     return f"{number(low, spread)} to {number(high, spread)}"
 
 
+def with_unit(name: str, unit: str) -> str:
+    """A figure's name with its unit, where the name does not say it."""
+    return name if unit in name else f"{name} ({unit})"
+
+
 def _decimals(value: float, digits: int) -> int:
     return min(max(digits - 1 - math.floor(math.log10(abs(value))), 0), 8) if value else digits - 1

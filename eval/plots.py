@@ -67,7 +67,7 @@ def bars(figures: Mapping[str, Figure], title: str, key: str) -> Html:
     unit = next(iter(figures.values())).unit
     drawn = _svg(key, title, f"{unit}. {said}.", bottom + 22, parts)
     remarks = [
-        unit if unit != title else "",
+        "" if unit in title else unit,
         "lines: 95% intervals" if any(f.low is not None for f in figures.values()) else "",
         "" if from_zero else "the axis does not begin at 0",
     ]

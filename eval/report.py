@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from eval.markup import Html, column, interval, join, number, tag
+from eval.markup import Html, column, interval, join, number, tag, with_unit
 from eval.plots import bars, lines
 from eval.records import RECORDS, Figure, Record, read_records, write_record
 from retro.artifact import write_atomically
@@ -103,7 +103,7 @@ def _summary(ordered: Sequence[tuple[Path, Record]], keys: Mapping[Path, str]) -
         link = tag("a", record.name, href=f"#{keys[path]}")
         name, figure = next(iter(record.figures.items()), ("", Figure(value=None, unit="")))
         cells = _figure_cells(figure) if record.figures else [tag("td"), tag("td")]
-        first = tag("td", _with_unit(name, figure))
+        first = tag("td", with_unit(name, figure.unit))
         rows.append(tag("tr", tag("th", link, tag("span", _kind(record), class_="kind"), scope="row"), first, *cells))
     return _table("Summary", _head("Record", "First figure", "Value", "95% interval", right=_NUMBERS), rows)
 
@@ -136,17 +136,13 @@ def _figures(record: Record) -> Html | None:
     rows = [
         tag(
             "tr",
-            tag("th", _with_unit(name, figure), scope="row"),
+            tag("th", with_unit(name, figure.unit), scope="row"),
             *_figure_cells(figure),
             tag("td", number(figure.count) if figure.count else "", class_="n"),
         )
         for name, figure in record.figures.items()
     ]
     return _table(f"Figures of {record.name}", _head("Figure", *_NUMBERS, right=_NUMBERS), rows)
-
-
-def _with_unit(name: str, figure: Figure) -> str:
-    return name if figure.unit in name else f"{name} ({figure.unit})"
 
 
 def _figure_cells(figure: Figure) -> list[Html]:
@@ -209,11 +205,13 @@ def _cell(value: Any) -> str:
 def _repeat(record: Record) -> Html:
     tables = [
         _settings("Configuration", dict(_flat(record.configuration))),
-        _settings("Fingerprints", record.fingerprints),
         _settings("Environment", dict(_flat(record.environment))),
+        _settings("Fingerprints", record.fingerprints),
     ]
     command = tag("pre", tag("code", shlex.join(record.command))) if record.command else None
-    return tag("details", tag("summary", "How to repeat it"), command, tag("div", *tables, class_="columns"))
+    return tag(
+        "details", tag("summary", "How to repeat it"), command, tag("div", *tables, class_="columns"), class_="repeat"
+    )
 
 
 def _settings(title: str, settings: Mapping[str, Any]) -> Html | None:
