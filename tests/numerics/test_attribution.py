@@ -261,6 +261,7 @@ def test_an_answers_span_lies_in_the_passages_own_text() -> None:
     share_JnKR[:, 3:, 0, 1] = 0.8  # in front of the passage's own text
     inside = [i for i, (a, b) in enumerate(spans_r2) if text.index("dog") - 1 <= a and b <= text.index(" on")]
     share_JnKR[:, 3:, 0, inside] = 0.1
+    share_JnKR[:, 4, 0, -2] = 0.22  # more than any of these, but by one token only
     share_JnKR[:, 2, 0, -1] = 1.0  # while a token before the answer was predicted
     source_nK = np.array([[-1], [-1], [0], [0], [0]])
     found = Attribution(
