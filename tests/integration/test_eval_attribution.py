@@ -131,16 +131,20 @@ def test_what_cannot_be_attributed_is_refused(retro: Command, model: Path, tiny_
 def hostile() -> Attribution:
     """Texts that would be markup, or formulas, or that no font has."""
     tokenizer = Tokenizer.train(["toy"], 258)
-    text = "</p><script>alert(1)</script> $x^2 \u4e2d\U0001f408 &amp;"
+    text = "</p><script>alert(1)</script> $\\frac$ \u4e2d\U0001f408 &amp;"
     passage = '<img src=x onerror="alert(2)"> $\\frac$ &lt;'
     ids = (tokenizer.bos_id, *tokenizer.encode(text).ids.tolist())
     n, spans = len(ids) - 1, tokenizer.encode(passage).spans
+    spans_n2 = tokenizer.encode(text).spans
+    first, end = text.index("$"), text.rindex("$") + 1  # one token of its own
+    spans_n2[first + 1 : end] = end
+    spans_n2[first, 1] = end
     random = np.random.default_rng(0)
     share = random.random((2, n, 1, len(spans)))
     return Attribution(
         reading=Reading(ids=ids, lead=0, sources=(Source(passage, 0, "k", "<b>&</b>"),), chunks={0: (0,)}),
         text=text,
-        spans_n2=tokenizer.encode(text).spans,
+        spans_n2=spans_n2,
         source_spans=(spans,),
         log_prob_n=-random.random(n),
         off_n=-random.random(n),
