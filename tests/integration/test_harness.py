@@ -45,7 +45,8 @@ TEXTS = [
     "The quick brown fox jumps over the lazy dog, and then over another one, which was not lazy at all.",
     "z",
     "Not long, but longer than a chunk",
-    "na\u00efve caf\u00e9 \u2615\u2615\u2615 and more of it, so that there is a second \u2615\u2615\u2615 window",
+    # The second window begins in a chunk whose first byte is the second one of a character.
+    "Coffee " * 6 + "." + "\u2615" * 3 + " and more of it" * 3,
 ]
 PROMPTS = [
     "Question: what is red?\nAnswer:",
