@@ -166,27 +166,33 @@ def causal_within(segment_BT: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tenso
 class CausalMask(NamedTuple):
     """Which slot of a sequence may see which: those of the same segment that are not later."""
 
-    dense_B1TT: Tensor | None
-    """None: every earlier slot."""
-    block: BlockMask | None
+    dense_B1TT: Tensor | None = None
+    """True where a slot may see another one."""
+    block: BlockMask | None = None
     """For flex attention, which never holds T x T values."""
+    runs: list[list[int]] | None = None
+    """Of each row the lengths of its segments, one after the other. Nothing of all this: every earlier slot is seen."""
 
     @classmethod
     def of(cls, segment_BT: Tensor, *, dense: bool) -> "CausalMask":
-        """Segments: equal numbers see each other.
+        """Segments: equal numbers that stand side by side see each other.
 
         A slot sees itself at least, so that no row is empty; what it sees is zero where it is an empty slot.
 
         Args:
             segment_BT: int64.
-            dense: Make the mask itself also where flex attention could be used (on CUDA).
+            dense: Make the mask itself, also where there is something better.
         """
         B, T = segment_BT.shape
         if segment_BT.is_cuda and not dense:
             block = create_block_mask(causal_within(segment_BT), B, None, T, T, device=segment_BT.device)
-            return cls(None, block)
-        if not dense and not torch.compiler.is_compiling() and bool((segment_BT == segment_BT[:, :1]).all()):
-            return cls(None, None)
+            return cls(block=block)
+        if not dense and not torch.compiler.is_compiling():
+            changes = (segment_BT[:, 1:] != segment_BT[:, :-1]).cpu()
+            if not changes.any():
+                return cls()
+            ends = [[*(row.nonzero()[:, 0] + 1).tolist(), T] for row in changes]
+            return cls(runs=[[end - start for start, end in zip([0, *row], row, strict=False)] for row in ends])
         causal_TT = torch.ones(T, T, dtype=torch.bool, device=segment_BT.device).tril()
         return cls((segment_BT[:, None, :, None] == segment_BT[:, None, None, :]) & causal_TT, None)
 
@@ -194,6 +200,14 @@ class CausalMask(NamedTuple):
         if self.block is not None:
             y_BHTC: Tensor = _flex()(q_BHTC, k_BHTC, v_BHTC, block_mask=self.block)
             return y_BHTC
+        if self.runs is not None:
+            # Only what may be seen is computed: T^2 of a sequence becomes the sum of its segments' squares.
+            rows = []
+            for lengths, *row in zip(self.runs, q_BHTC, k_BHTC, v_BHTC, strict=True):
+                parts = zip(*(torch.split(x_HTC, lengths, dim=1) for x_HTC in row), strict=True)
+                made = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in parts]
+                rows.append(torch.cat(made, dim=1))
+            return torch.stack(rows)
         if self.dense_B1TT is None:
             return F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, is_causal=True)
         mask = self.dense_B1TT if bias_BHTT is None else bias_BHTT.masked_fill(~self.dense_B1TT, -torch.inf)

@@ -383,6 +383,8 @@ class Continuation:
     newest: tuple[Tensor, Tensor] | None = None
     """Which of the N chunks are the newest finished one of their row [N], and these rows."""
     cca_places: tuple[Places, Places] | None = None
+    cached: tuple[Places, Places, Tensor, bool] | None = None
+    """Of `_cached`: places of queries and keys, which query sees which key, and whether every one sees every one."""
     cca_layer: int = 0
 
     @classmethod
@@ -452,7 +454,10 @@ class Continuation:
         hidden = chunk.hidden_BMD.to(x_BTD.dtype)
         if L > 1:
             hidden = torch.cat([hidden[:, :M], hidden.new_zeros(B, (L - 1) * M + 1, D)], dim=1)
-        hidden = hidden.scatter(1, place_BT[..., None].expand(B, T, D), x_BTD)
+        if L == 1 and torch.is_inference_mode_enabled() and hidden.is_inference():
+            hidden.scatter_(1, place_BT[..., None].expand(B, T, D), x_BTD)
+        else:
+            hidden = hidden.scatter(1, place_BT[..., None].expand(B, T, D), x_BTD)
         keep = F.pad(chunk.keep_BM, (0, (L - 1) * M + 1)).scatter(1, place_BT, self.keep_BT)[:, :-1]
         if self.neighbors_BLKR is not None and self.keep_BLKR is not None:
             self._encode(hidden, keep, done_B)
@@ -548,9 +553,16 @@ class Continuation:
         if keep_BS.shape[1] == 0:
             return torch.zeros_like(normed_BTD)
         M = self.model.chunk_len
-        at = Places.of((self.slot_BT + 1) % M + M - 1, M - 1, 2 * M - 2, cca, normed_BTD.dtype)
-        high = int(at_BS.max()) if cca.positions == "relative" else 0
-        return _cross(cca, normed_BTD, kv, (at, Places(at_BS, None, None, 0, high)), sees_BT, keep_BS)
+        if self.cached is None:
+            at = Places.of((self.slot_BT + 1) % M + M - 1, M - 1, 2 * M - 2, cca, normed_BTD.dtype)
+            high = int(at_BS.max()) if cca.positions == "relative" else 0
+            keep_B1TS = sees_BT[:, None, :, None] & keep_BS[:, None, None, :]
+            self.cached = (at, Places(at_BS, None, None, 0, high), keep_B1TS, bool(keep_B1TS.all()))
+        at, keys, keep_B1TS, whole = self.cached
+        q_BHTC = cca.queries(normed_BTD, at)
+        if whole and cca.positions != "relative":
+            return cca.merge(F.scaled_dot_product_attention(q_BHTC, *kv))
+        return cca.merge(attend(q_BHTC, *kv, keep_B1TS, cca.bias(q_BHTC, at, keys)))
 
     def _fresh(self, cca: Attention, normed_BTD: Tensor, kv_NHSC: KeysValues, owner_BT: Tensor) -> Tensor:
         """CCA to the neighbors of chunks that ended in these columns, on the shifted grid of those chunks."""

@@ -726,8 +726,27 @@ def test_flex_attention_sees_what_the_dense_mask_says() -> None:
     assert isinstance(flex_BHTC, Tensor)
     assert_same(flex_BHTC, dense.attend(q, k, v, None))
     one_segment = CausalMask.of(torch.zeros(B, T, dtype=torch.long), dense=False)
-    assert (one_segment.dense_B1TT, one_segment.block) == (None, None)
+    assert one_segment == CausalMask()
     assert_same(one_segment.attend(q, k, v, None), CausalMask.of(torch.zeros(B, T), dense=True).attend(q, k, v, None))
+
+
+def test_segments_one_by_one_are_what_the_dense_mask_says_forward_and_backward() -> None:
+    generator = torch.Generator().manual_seed(0)
+    segment_BT = torch.tensor([[3] * 10 + [7] * 9 + [-1] * 5, [-1] * 3 + [1] * 21, [5] * 24])
+    shape = (3, 2, 24, 8)
+    results = []
+    for dense in (False, True):
+        generator.manual_seed(0)
+        q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3))
+        mask = CausalMask.of(segment_BT, dense=dense)
+        assert (mask.runs is None) == dense
+        y = mask.attend(q, k, v, None)
+        y.square().sum().backward()  # type: ignore[no-untyped-call]
+        results.append([y.detach(), *(x.grad for x in (q, k, v))])
+    for fast, slow in zip(*results, strict=True):
+        assert isinstance(fast, Tensor)
+        assert isinstance(slow, Tensor)
+        assert_same(fast, slow)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])

@@ -34,11 +34,10 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("F.pad(self.keep_BT, (1 - M, M - 1))", "self.keep_BT"),
         ("F.pad(grid_BTD.view(B, T, D), (0, 0, M - 1, 1 - M))", "grid_BTD.view(B, T, D)"),
     ],
-    "self-attention crosses documents": [
-        ("segment_BT[:, None, :, None] == segment_BT[:, None, None, :]", "segment_BT[:, None, None, :] >= 0"),
-    ],
+    "self-attention crosses documents": [("if not changes.any():", "if True:")],
+    "self-attention crosses from a document into the next": [("row.nonzero()[:, 0] + 1", "row.nonzero()[1:, 0] + 1")],
     "self-attention sees the next token": [
-        ("dtype=torch.bool, device=segment_BT.device).tril()", "dtype=torch.bool, device=segment_BT.device).tril(1)")
+        ("(q, k, v, is_causal=True) for q, k, v in parts", "(q, k, v) for q, k, v in parts")
     ],
     "the next document's tokens see the neighbors": [("same_BL[..., None] | own_M", "same_BL[..., None] | True")],
     "a document's last token does not see its chunk's neighbors": [
