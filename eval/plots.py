@@ -45,10 +45,9 @@ def bars(figures: Mapping[str, Figure], title: str, key: str) -> Html:
         y, color = row * _ROW + 26.0, f"s{row % _COLORS + 1}"
         value = figure.value or 0.0
         spread = None if figure.low is None or figure.high is None else (figure.high - figure.low) / 2
-        parts += [
-            _text(left, y - 10, label, "start", "label"),
-            _text(right, y - 10, number(figure.value, spread), "end", "value"),
-        ]
+        written = number(figure.value, spread)
+        shown = _fit(label, right - left - 8 * len(written))
+        parts += [_text(left, y - 10, shown, "start", "label"), _text(right, y - 10, written, "end", "value")]
         if from_zero:
             parts.append(
                 tag("rect", x=_r(left), y=_r(y - 4), width=_r(x(value) - left), height=12, class_=f"fill {color}")
@@ -101,7 +100,7 @@ def lines(curve: Curve, title: str, key: str) -> Html:
         parts.append(_line(x_scale(t), HEIGHT - _BOTTOM, x_scale(t), HEIGHT - _BOTTOM + 4, "axis"))
         parts.append(_tick(x_scale(t), HEIGHT - _BOTTOM + 16, text))
     parts.append(_line(_LEFT, HEIGHT - _BOTTOM, WIDTH - _RIGHT, HEIGHT - _BOTTOM, "axis"))
-    parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 4, curve.x_label, "middle"))
+    parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 4, _fit(curve.x_label, WIDTH - _LEFT), "middle"))
     for place, series in enumerate(curve.series.values()):
         points = [
             None if v is None or not math.isfinite(x) or (curve.log_x and x <= 0) else (x_scale(x), y_scale(v))
@@ -157,7 +156,7 @@ def _series(points: Sequence[tuple[float, float] | None], place: int, *, only_mi
 
 def _marker(x: float, y: float, place: int, color: str) -> Html:
     class_ = f"fill {color}"
-    match place % 3:
+    match (place + place // _COLORS) % 3:
         case 0:
             return tag("circle", cx=_r(x), cy=_r(y), r=3, class_=class_)
         case 1:
@@ -222,6 +221,12 @@ def _log_ticks(xs: Sequence[float]) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     within = [m * 10.0**d for d in decades for m in (1, 2, 5) if low <= m * 10.0**d <= high]
     return within if len(within) <= 8 else [t for t in within if math.log10(t) % 1 < 1e-9]
+
+
+def _fit(text: str, width: float) -> str:
+    """Text that is cut where it would be too long; all of it stands in the table and the description."""
+    longest = int(width / 6.4)
+    return text if len(text) <= longest else text[: longest - 3].rstrip() + "..."
 
 
 def _tick_texts(ticks: Sequence[float]) -> list[str]:

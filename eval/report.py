@@ -105,7 +105,9 @@ def _summary(ordered: Sequence[tuple[Path, Record]], keys: Mapping[Path, str]) -
         cells = _figure_cells(figure) if record.figures else [tag("td"), tag("td")]
         first = tag("td", with_unit(name, figure.unit))
         rows.append(tag("tr", tag("th", link, tag("span", _kind(record), class_="kind"), scope="row"), first, *cells))
-    return _table("Summary", _head("Record", "First figure", "Value", "95% interval", right=_NUMBERS), rows)
+    return _table(
+        "Summary", _head("Record", "First figure", "Value", "95% interval", right=_NUMBERS), rows, class_="figures"
+    )
 
 
 def _section(path: Path, record: Record, key: str) -> Html:
@@ -142,7 +144,7 @@ def _figures(record: Record) -> Html | None:
         )
         for name, figure in record.figures.items()
     ]
-    return _table(f"Figures of {record.name}", _head("Figure", *_NUMBERS, right=_NUMBERS), rows)
+    return _table(f"Figures of {record.name}", _head("Figure", *_NUMBERS, right=_NUMBERS), rows, class_="figures")
 
 
 def _figure_cells(figure: Figure) -> list[Html]:
