@@ -397,6 +397,21 @@ def _documents(corpora: list[str], text_field: str) -> "list[Document]":
     return [item for item in read if isinstance(item, Document)]
 
 
+@eval_app.command(
+    "harness", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def harness(context: typer.Context) -> None:
+    """The lm-evaluation-harness, with our models beside its own: all its options, and --model retro.
+
+    \b
+    Example:
+      retro eval harness --model retro --model_args pretrained=my.model,index=my.index,k=10 --tasks lambada_openai
+    """
+    from eval.harness import run
+
+    run(context.args)
+
+
 def _number(text: str, option: str) -> int:
     if not text.strip().isdigit() or int(text) < 1:
         raise typer.BadParameter("must be whole numbers above 0, separated by commas", param_hint=option)
