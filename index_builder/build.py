@@ -201,6 +201,7 @@ def open_encoder(config: BuildConfig, device: str) -> Encoder:
         revision=config.revision,
         device=device,
         dtype=config.dtype,
+        backend=config.backend,
         trust_remote_code=config.trust_remote_code,
         max_length=config.max_length,
         query_prompt=config.query_prompt,

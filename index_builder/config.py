@@ -19,6 +19,8 @@ class BuildConfig:
     """Revision of the encoder on the hub; None takes the newest."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """In which the encoder computes; auto is bfloat16 where the device does that natively."""
+    backend: Literal["torch", "openvino"] = "torch"
+    """What computes the vectors of chunks; openvino is faster on CPUs. Questions are always computed by torch."""
     max_length: int | None = None
     """Tokens of a text that the encoder reads; None takes the model's own limit."""
     query_prompt: str | None = None
@@ -60,6 +62,8 @@ class BuildConfig:
             raise ConfigError(f"max_memory = {self.max_memory}: give a number of bytes above 0")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype = {self.dtype!r}: use auto, float32, bfloat16 or float16")
+        if self.backend not in ("torch", "openvino"):
+            raise ConfigError(f"backend = {self.backend!r}: use torch or openvino")
         if self.shard_chars < 1:
             raise ConfigError(f"shard_chars = {self.shard_chars}: must be above 0")
 

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from index_builder.config import DEFAULT_ENCODER
+from index_builder.openvino_backend import PRECISIONS, Network
 from retro.errors import ConfigError, DependencyError, FormatError
 from retro.generate import Role
 from retro.tokenizer import Tokenizer
@@ -82,6 +83,7 @@ class Encoder:
         normalized: Whether vectors have length 1.
         max_length: Tokens of a text that the model reads; the rest is cut.
         dtype: In which it computes matrix products.
+        backend: What computes: `torch` or `openvino`.
         fingerprint: Equal for models that give equal vectors but for rounding: weights, tokenizer, modules, prompts, length read.
     """
 
@@ -92,6 +94,7 @@ class Encoder:
         revision: str | None,
         batch_size: int,
         dtype: str,
+        backend: str,
         options: dict[str, Any],
     ) -> None:
         self._models = [model.eval().requires_grad_(False) for model in models]
@@ -100,6 +103,7 @@ class Encoder:
         self.revision = revision
         self.batch_size = batch_size
         self.dtype = dtype
+        self.backend = backend
         self.dim = int(model.get_embedding_dimension())
         # Vectors that a model shortens afterwards are not of length 1 any more.
         whole = model.truncate_dim is None or options["normalize"] is True
@@ -110,9 +114,12 @@ class Encoder:
         self._options = options
         self.fingerprint = self._fingerprint()
         for each in self._models:
-            _prepare(each, dtype)
+            _prepare(each, dtype, backend)
         self._cutting = self._tokenizer_with_limit()
         self._layouts = {role: self._layout(role) for role in get_args(Role)}
+        self._networks: dict[Role, Network] = {}
+        if backend == "openvino":
+            self._network("document")
 
     @classmethod
     def open(
@@ -122,6 +129,7 @@ class Encoder:
         revision: str | None = None,
         device: str = "cpu",
         dtype: str = "auto",
+        backend: str = "torch",
         batch_size: int | None = None,
         trust_remote_code: bool = False,
         max_length: int | None = None,
@@ -138,6 +146,8 @@ class Encoder:
             device: Where it runs, `cpu`, `cuda` or `cuda:N`; several, as in `cuda:0,cuda:1`, hold a copy each.
             dtype: In which it computes; `auto` is bfloat16 where the device does that natively, else float32 (float16 on
                 older GPUs).
+            backend: `torch`, or `openvino`, which is faster on CPUs. Converting takes seconds; vectors are those of torch but for
+                rounding.
             batch_size: Texts of one forward pass, fewer of more than 256 tokens; 32 on a CPU and 512 on a GPU where None.
             trust_remote_code: Whether code that comes with the model may run.
             max_length: Tokens of a text to read; None leaves the model's own limit.
@@ -147,7 +157,7 @@ class Encoder:
 
         Raises:
             ConfigError: No such model, or a setting that it does not allow.
-            DependencyError: sentence-transformers is not installed.
+            DependencyError: sentence-transformers is not installed, or openvino where it is to compute.
             FormatError: The default's weights are not the published ones.
         """
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -158,6 +168,7 @@ class Encoder:
         except ImportError as error:
             raise DependencyError(f"{error.name} is missing: install retro-lm again") from error
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        _check_backend(backend, device, dtype)
         source = str(_packaged_default()) if name == DEFAULT_ENCODER and revision is None else name
         devices = device.split(",")
         try:
@@ -188,7 +199,7 @@ class Encoder:
             "normalize": normalize,
         }
         size = batch_size or (512 if devices[0].startswith("cuda") else 32)
-        return cls(models, name, revision, size, resolve_dtype(dtype, devices[0]), options)
+        return cls(models, name, revision, size, resolve_dtype(dtype, devices[0]), backend, options)
 
     @classmethod
     def reopen(
@@ -198,6 +209,7 @@ class Encoder:
         name: str | None = None,
         device: str = "cpu",
         dtype: str = "auto",
+        backend: str = "torch",
         trust_remote_code: bool = False,
     ) -> "Encoder":
         """Opens the encoder of a manifest with the settings it had; `name` says where it lies now, if not where it was."""
@@ -206,6 +218,7 @@ class Encoder:
             revision=description["revision"],
             device=device,
             dtype=dtype,
+            backend=backend,
             trust_remote_code=trust_remote_code,
             **description["options"],
         )
@@ -318,6 +331,16 @@ class Encoder:
         return {name: tensors[name] for name in layout.names} | layout.rest
 
     def _forward(self, model: Any, made: dict[str, Any] | list[str], role: Role) -> NDArray[np.float32]:
+        if self.backend == "openvino" and isinstance(made, dict):
+            vectors_BX = self._network(role)(made["input_ids"].numpy())[:, : self.dim]
+        else:
+            vectors_BX = self._forward_torch(model, made, role)
+        if self.normalized and (self.dtype != "float32" or model.truncate_dim is not None):
+            # Rounding to 16 bits leaves lengths that differ from 1 by some thousandths.
+            vectors_BX /= np.maximum(np.linalg.norm(vectors_BX, axis=1, keepdims=True), 1e-12)
+        return vectors_BX
+
+    def _forward_torch(self, model: Any, made: dict[str, Any] | list[str], role: Role) -> NDArray[np.float32]:
         kind = model.device.type
         with torch.inference_mode(), torch.autocast(kind, getattr(torch, self.dtype), enabled=self.dtype != "float32"):
             if isinstance(made, list):
@@ -328,10 +351,27 @@ class Encoder:
                     made[name] = made[name].to(model.device)
                 vectors = model(made, task=role)["sentence_embedding"]
         vectors_BX: NDArray[np.float32] = vectors[:, : self.dim].float().cpu().numpy()
-        if self.normalized and (self.dtype != "float32" or model.truncate_dim is not None):
-            # Rounding to 16 bits leaves lengths that differ from 1 by some thousandths.
-            vectors_BX /= np.maximum(np.linalg.norm(vectors_BX, axis=1, keepdims=True), 1e-12)
         return vectors_BX
+
+    def _network(self, role: Role) -> Network:
+        """The model in OpenVINO, converted once for each role."""
+        if role not in self._networks:
+            layout = self._layouts[role]
+            if layout is None or self._cutting is None:
+                raise ConfigError(
+                    f"the encoder {self.name!r} cannot be converted for OpenVINO: it takes something else than the tokens of a "
+                    "text. Use --backend torch"
+                )
+            self._networks[role] = Network(
+                self._model,
+                self.name,
+                self.dtype,
+                names=layout.names,
+                rest=layout.rest,
+                role=role,
+                sample=self._cutting.encode(f"{layout.prompt}The price of oil, 1973").ids,
+            )
+        return self._networks[role]
 
     def _layout(self, role: Role) -> _Layout | None:
         """How the model wants the tokens of texts of a role; None if it wants something else than tokens, or other ones than those
@@ -422,6 +462,17 @@ def resolve_dtype(dtype: str, device: str) -> str:
     return "bfloat16" if any(ask is not None and ask() for ask in native) else "float32"
 
 
+def _check_backend(backend: str, device: str, dtype: str) -> None:
+    if backend not in ("torch", "openvino"):
+        raise ConfigError(f"backend = {backend!r}: use torch or openvino")
+    if backend == "openvino" and device != "cpu":
+        raise ConfigError(f"the backend openvino runs on one CPU, not on {device}: use --device cpu or --backend torch")
+    if backend == "openvino" and dtype not in ("auto", *PRECISIONS):
+        raise ConfigError(
+            f"dtype = {dtype}: the backend openvino computes in {' or '.join(PRECISIONS)}; use one, or --backend torch"
+        )
+
+
 def _backend(model: Any) -> tokenizers.Tokenizer | None:
     """The fast tokenizer of a model, if it has one."""
     tokenizer = getattr(model[0], "tokenizer", None)
@@ -440,16 +491,18 @@ def _tokenizer_fingerprint(model: Any) -> str | None:
         return hashlib.sha256(backend.to_str().encode()).hexdigest()
 
 
-def _prepare(model: Any, dtype: str) -> None:
+def _prepare(model: Any, dtype: str, backend: str) -> None:
     """Weights of matrix products in the type of the product, where autocast would convert them anew for each batch; all others
-    in float32, whatever a model was published in. And products of one row a text are given more rows, as all others are."""
+    in float32, whatever a model was published in, and all of them for OpenVINO, which rounds by itself. And products of one row
+    a text are given more rows by torch, as all others are."""
     for module in model.modules():
-        wanted = getattr(torch, dtype) if isinstance(module, torch.nn.Linear) else torch.float32
+        rounded = isinstance(module, torch.nn.Linear) and backend == "torch"
+        wanted = getattr(torch, dtype) if rounded else torch.float32
         for weight in module.parameters(recurse=False):
             if weight.is_floating_point():
                 weight.data = weight.data.to(wanted)
     for module in model:
-        if type(module).__name__ == "Dense" and model.device.type == "cpu":
+        if type(module).__name__ == "Dense" and model.device.type == "cpu" and backend == "torch":
             module.register_forward_pre_hook(_repeat_rows)
             module.register_forward_hook(_drop_copies)
 

@@ -216,6 +216,7 @@ class _Change:
                 self.manifest["encoder"],
                 device=self.device,
                 dtype=self.config.dtype,
+                backend=self.config.backend,
                 trust_remote_code=self.config.trust_remote_code,
             )
         return self._encoder
