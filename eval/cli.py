@@ -326,6 +326,23 @@ def retrieval(
     _show(record, units, out, as_json=as_json)
 
 
+@eval_app.command("training")
+def training(
+    model: Annotated[Path, typer.Argument(help="Folder of a model.", exists=True)],
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Losses over the steps of a training, finished or not: its curve for the report.
+
+    \b
+    Example:
+      retro eval training wiki.model --out report
+    """
+    from eval.training import training_record
+
+    _show(training_record(model), None, out, as_json=as_json)
+
+
 @eval_app.command("compare")
 def compare_records(
     reports: Annotated[
@@ -423,7 +440,7 @@ def _texts(path: Path) -> list[str]:
     return [document.text for document in _documents([str(path)], "text")]
 
 
-def _show(record: "Record", units: dict[str, list[Any]], out: Path | None, *, as_json: bool) -> Path | None:
+def _show(record: "Record", units: dict[str, list[Any]] | None, out: Path | None, *, as_json: bool) -> Path | None:
     """Prints a record, and adds it to a report where one is named; returns its file there."""
     path = None
     if out is not None:

@@ -53,7 +53,8 @@ def number(value: float | None, spread: float | None = None) -> str:
     if not math.isfinite(value):
         return str(value)
     if spread and math.isfinite(spread):
-        return f"{value:,.{_decimals(spread, 2)}f}"
+        # Of an interval of no width there is no end to the digits.
+        return f"{value:,.{min(_decimals(spread, 2), _decimals(value, 5) if value else 8)}f}"
     if 0 < abs(value) < 1e-4:
         return f"{value:.3g}"
     whole, point, rest = f"{value:,.{_decimals(value, 4)}f}".partition(".")

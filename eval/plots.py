@@ -6,7 +6,6 @@ markers too.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from eval.markup import Html, column, interval, join, number, tag
 from eval.records import Curve, Figure
@@ -77,14 +76,13 @@ def lines(curve: Curve, title: str, key: str) -> Html:
     """A curve with a legend and, to be unfolded, its values as a table.
 
     Args:
-        curve: Points whose value is missing or not finite are left out and interrupt the line, as are those at or below 0 on a
-            logarithmic axis.
+        curve: Where a series has no value its line goes on to the next one, for series may be measured at other places; a value
+            that is not finite interrupts it. Points at or below 0 are left out on a logarithmic axis.
         title: Of the plot.
         key: Of its elements' ids, unlike any other on the page.
     """
-    curve = replace(curve, series={name: _finite(values) for name, values in curve.series.items()})
     shown = [x for x in curve.x if math.isfinite(x) and (x > 0 or not curve.log_x)]
-    values = [v for series in curve.series.values() for v in series if v is not None]
+    values = [v for series in curve.series.values() for v in series if v is not None and math.isfinite(v)]
     if not shown or not values:
         return _figure(title, curve.y_label, tag("p", "There is no value to draw."))
     x_scale = _Scale(min(shown), max(shown), _LEFT, WIDTH - _RIGHT, log=curve.log_x)
@@ -103,8 +101,9 @@ def lines(curve: Curve, title: str, key: str) -> Html:
     parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 4, _fit(curve.x_label, WIDTH - _LEFT), "middle"))
     for place, series in enumerate(curve.series.values()):
         points = [
-            None if v is None or not math.isfinite(x) or (curve.log_x and x <= 0) else (x_scale(x), y_scale(v))
+            (x_scale(x), y_scale(v)) if math.isfinite(v) else None
             for x, v in zip(curve.x, series, strict=True)
+            if v is not None and math.isfinite(x) and (x > 0 or not curve.log_x)
         ]
         parts.append(_series(points, place))
     entries = [
@@ -188,16 +187,12 @@ def _said(label: str, figure: Figure) -> str:
 
 
 def _course(name: str, xs: Sequence[float], series: Sequence[float | None]) -> str:
-    there = [(v, x) for v, x in zip(series, xs, strict=True) if v is not None]
+    there = [(v, x) for v, x in zip(series, xs, strict=True) if v is not None and math.isfinite(v)]
     if not there:
         return f"{name}: no value."
     (first, x0), (last, x1), (low, x_low), (high, x_high) = there[0], there[-1], min(there), max(there)
     ends = f"{name}: {number(first)} at {number(x0)}, {number(last)} at {number(x1)}"
     return f"{ends}; lowest {number(low)} at {number(x_low)}, highest {number(high)} at {number(x_high)}."
-
-
-def _finite(values: Sequence[float | None]) -> tuple[float | None, ...]:
-    return tuple(v if v is not None and math.isfinite(v) else None for v in values)
 
 
 def _ticks(low: float, high: float, about: int) -> list[float]:

@@ -22,7 +22,7 @@ def lm_record(
     name: str = "small.model", *, seed: int = 0, gain: float = 0.0, documents: int = 120
 ) -> tuple[Record, Units]:
     """Bits per byte with retrieval on, off and shuffled; `gain` is taken off all of them."""
-    corpus, own = np.random.default_rng(0), np.random.default_rng(seed + 1)
+    corpus, own = np.random.default_rng(0), np.random.default_rng(seed + 1 + round(1e5 * gain))
     bytes_N = corpus.integers(300, 9000, documents).astype(float)
     hard_N = corpus.normal(1.31, 0.12, documents)
     units: Units = {"id": [f"wiki:{i}" for i in range(documents)], "bytes": bytes_N.tolist()}

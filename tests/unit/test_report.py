@@ -19,6 +19,7 @@ from eval.markup import Html, column, interval, join, number, tag
 from eval.plots import bars, lines
 from eval.records import Curve, Figure, Record, read_records, write_record
 from eval.report import finish, page, render
+from eval.training import training_record as training_course
 from retro.errors import FormatError
 
 EMPTY = {"meta", "br"}
@@ -229,6 +230,37 @@ def test_colors_have_the_contrast_of_wcag_aa() -> None:
                 assert (light + 0.05) / (dark + 0.05) >= least, (name, ground)
 
 
+def test_the_course_of_a_training_becomes_a_record(tmp_path: Path) -> None:
+    text = """{"step": 1, "loss_nats": 3.5, "tokens_per_s": 10.0}
+{"step": 2, "loss_nats": 2.5, "tokens_per_s": 30.0}
+{"step": 2, "valid_loss_on_nats": 2.75, "valid_wiki_loss_off_nats": 3.0, "valid_tokens": 7}
+{"step": 3, "loss_nats": 1.5, "tokens_per_s": 20.0}
+{"step": 4, "lo"""
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"training": {"steps": 3}}', encoding="utf-8")
+    record = training_course(tmp_path)
+    assert record.curves["Loss"].x == (1, 2, 3)
+    assert record.curves["Loss"].series == {
+        "training": (3.5, 2.5, 1.5),
+        "validation, retrieval on": (None, 2.75, None),
+        "validation on wiki, retrieval off": (None, 3.0, None),
+    }
+    figures = {name: figure.value for name, figure in record.figures.items()}
+    assert figures == {
+        "last loss, training": 1.5,
+        "last loss, validation, retrieval on": 2.75,
+        "last loss, validation on wiki, retrieval off": 3.0,
+        "speed, median": 20.0,
+    }
+    assert (record.kind, record.configuration) == ("training", {"steps": 3})
+    assert "last loss, training" in page({tmp_path / "x.json": record})
+
+
+def test_a_folder_without_losses_has_no_course(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="holds no losses"):
+        training_course(tmp_path)
+
+
 # --- elements and numbers -----------------------------------------------------------------------------------------
 
 
@@ -257,6 +289,8 @@ def test_text_and_attributes_are_escaped_and_elements_are_not_twice() -> None:
         (math.nan, 1.0, "nan"),
         (None, None, "not given"),
         (1.5, 0.0, "1.5"),
+        (-0.01, 1e-15, "-0.010000"),
+        (1e-9, 0.003, "0.0000"),
     ],
 )
 def test_numbers_have_the_digits_that_mean_something(value: float | None, spread: float | None, expected: str) -> None:
@@ -311,11 +345,11 @@ def points(drawn: str) -> list[list[tuple[float, float]]]:
     return [[(float(x), float(y)) for x, y in re.findall(r"([\d.]+) ([\d.]+)", run)] for run in path.split("M")[1:]]
 
 
-def test_a_line_goes_through_its_points_and_is_interrupted_where_one_is_missing() -> None:
+def test_a_line_goes_through_its_points_over_missing_ones_and_is_interrupted_by_one_that_is_not_finite() -> None:
     curve = Curve(x_label="x", y_label="y", x=(0, 1, 2, 3, 4, 5), series={"s": (0.0, 1.0, None, 4.0, math.nan, 2.0)})
     drawn = lines(curve, "t", "k")
-    (first,) = points(drawn)
-    assert [x for x, _ in first] == pytest.approx([44 + (360 - 12 - 44) * x / 5 for x in (0, 1)], abs=0.1)
+    (first,) = points(drawn)  # the last point stands alone
+    assert [x for x, _ in first] == pytest.approx([44 + (360 - 12 - 44) * x / 5 for x in (0, 1, 3)], abs=0.1)
     circles = [(float(c.attrib["cx"]), float(c.attrib["cy"])) for c in shapes(drawn, "circle")]
     heights = [182 - y for _, y in circles]
     assert len(circles) == 4
