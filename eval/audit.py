@@ -26,9 +26,10 @@ REWORDED_GRAM = 5
 """Words of the n-grams by which a copy with some words changed is known: no 13 in a row are left where every tenth is another."""
 REWORDED_SHARE = 0.25
 """Share of an evaluation document's 5-grams from which on one document of the index is a reworded copy: every seventh word may be
-another. Of 300 articles of Simple English Wikipedia with every tenth word changed this finds 239; those missed were short (mostly 22
-words or fewer). Of 2,067 paragraphs of SQuAD it flags 12 in 60,000 of those articles, of 1,921 validation articles 125 in the others:
-texts of one mold ("12 is a year ...") overlap without having been copied. Chosen on the same articles, so not a held-out estimate."""
+another. Of 300 articles of Simple English Wikipedia with every tenth word changed this finds 239; those missed were short (mostly
+22 words or fewer). Of 2,067 paragraphs of SQuAD it flags 12 in 60,000 of those articles, of 1,921 validation articles 125 in the
+others: texts of one mold ("12 is a year ...") overlap without having been copied. Chosen on the same articles, so no held-out
+estimate."""
 REWORDED_LEAST = 10
 """5-grams that are in both at least: in short texts a phrase is a quarter."""
 _COMMON = 64
