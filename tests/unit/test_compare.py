@@ -137,11 +137,11 @@ def test_the_same_ids_with_other_texts_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_id_twice_is_refused(tmp_path: Path) -> None:
-    a, _ = two_models(tmp_path)
-    record, units = lm_record("other.model")
-    write_record(tmp_path / "c", record, {**units, "id": [*units["id"][:-1], units["id"][0]]})
-    with pytest.raises(MismatchError):
-        compare([a, tmp_path / "c"])
+    record, units = lm_record()
+    for name in ("a", "b"):
+        write_record(tmp_path / name, record, {**units, "id": [*units["id"][:-1], units["id"][0]]})
+    with pytest.raises(MismatchError, match="have the same id twice"):
+        compare([tmp_path / "a", tmp_path / "b"])
 
 
 def test_one_record_of_each_kind_is_nothing_to_compare(tmp_path: Path) -> None:
