@@ -1,9 +1,11 @@
 """The encoder gives what sentence-transformers gives, by role, and its fingerprint tells apart what gives other vectors."""
 
 import hashlib
+import importlib.util
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from index_builder.encoder import DEFAULT_WEIGHTS_SHA256, NO_LIMIT, SLICE_TEXTS, Encoder, resolve_dtype
-from retro.errors import ConfigError
+from retro.errors import ConfigError, DependencyError
 from retro.generate import Role
 
 # In bfloat16 vectors are compared with one another only; what other code computes is compared in float32.
+needs_openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="needs openvino: install retro-lm[openvino]"
+)
 DTYPES = ["float32"] + ["bfloat16"] * (resolve_dtype("auto", "cpu") == "bfloat16")
+KINDS = [
+    *(pytest.param("torch", dtype, id=f"torch-{dtype}") for dtype in DTYPES),
+    *(pytest.param("openvino", dtype, id=f"openvino-{dtype}", marks=needs_openvino) for dtype in DTYPES),
+]
 TEXTS = ["The oil crisis began.", "x", "A much longer text about prices, embargoes and the year 1973. " * 5, "日本"]
 
 
@@ -136,6 +145,17 @@ def encoders(tiny_encoder: Path) -> dict[tuple[str, str, int], Encoder]:
 
 
 @pytest.fixture(scope="module")
+def compiled(tiny_encoder: Path) -> dict[tuple[str, int], Encoder]:
+    """In OpenVINO, by dtype and batch size."""
+    sizes = (64, 3)
+    return {
+        (dtype, size): Encoder.open(str(tiny_encoder), dtype=dtype, backend="openvino", batch_size=size)
+        for dtype in DTYPES
+        for size in sizes
+    }
+
+
+@pytest.fixture(scope="module")
 def several_kinds(
     make_encoder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], Encoder]:
@@ -208,10 +228,10 @@ def test_a_vector_is_a_function_of_its_text_to_the_last_bit(
             np.testing.assert_array_equal(vectors_QX, np.array([alone[text] for text in chosen]).reshape(-1, 32))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_vector_of_the_default_is_a_function_of_its_text_to_the_last_bit(dtype: str) -> None:
+@pytest.mark.parametrize(("backend", "dtype"), KINDS)
+def test_a_vector_of_the_default_is_a_function_of_its_text_to_the_last_bit(backend: str, dtype: str) -> None:
     # Its matrices are large enough for other products than those of the tiny ones.
-    encoder = Encoder.open(dtype=dtype)
+    encoder = Encoder.open(dtype=dtype, backend=backend)
     texts = ["", "oil", "When did it begin?", "The oil crisis began in 1973.", "prices and embargoes " * 10]
     alone = np.concatenate([encoder.encode([text], "document") for text in texts])
     order_Q = np.random.default_rng(0).integers(0, 4, 150)
@@ -220,12 +240,14 @@ def test_a_vector_of_the_default_is_a_function_of_its_text_to_the_last_bit(dtype
     np.testing.assert_array_equal(encoder.encode([texts[i] for i in order_Q], "document"), alone[order_Q])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "dtype"), KINDS)
 @pytest.mark.parametrize("kind", ["decoder", "dense"])
 def test_other_networks_give_a_function_of_the_text_to_the_last_bit(
-    several_kinds: dict[tuple[str, str], Encoder], kind: str, dtype: str
+    several_kinds: dict[tuple[str, str], Encoder], kind: str, backend: str, dtype: str
 ) -> None:
     encoder = several_kinds[kind, dtype]
+    if backend == "openvino":
+        encoder = Encoder.open(encoder.name, dtype=dtype, backend=backend)
     texts = ["", "oil", "When did it begin?", "The oil crisis began in 1973.", "prices and embargoes " * 10]
     alone = np.concatenate([encoder.encode([text], "document") for text in texts])
     order_Q = np.random.default_rng(0).integers(0, 5, 150)
@@ -278,6 +300,160 @@ def test_texts_of_different_lengths_are_never_padded(tiny: Encoder) -> None:
         handle.remove()
     assert masks
     assert all(masks)
+
+
+# OpenVINO
+
+
+@needs_openvino
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data())
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_vector_by_openvino_is_a_function_of_its_text_to_the_last_bit(
+    compiled: dict[tuple[str, int], Encoder], dtype: str, data: st.DataObject
+) -> None:
+    words = ["oil", "crisis", "1973", "embargo", ",", "the price of oil rose", "x", "\u65e5\u672c"]
+    text = st.lists(st.sampled_from(words), max_size=30).map(" ".join)
+    texts = data.draw(st.lists(text, min_size=1, max_size=8))
+    alone = {text: compiled[dtype, 64].encode([text], "document")[0] for text in texts}
+    chosen = data.draw(st.lists(st.sampled_from(texts), max_size=40))
+    for size in (64, 3):
+        vectors_QX = compiled[dtype, size].encode(chosen, "document")
+        np.testing.assert_array_equal(vectors_QX, np.array([alone[text] for text in chosen]).reshape(-1, 32))
+
+
+@needs_openvino
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_vector_by_openvino_does_not_depend_on_the_number_of_threads(dtype: str) -> None:
+    texts = [f"{'oil prices ' * (number % 40)}{number}" for number in range(60)]
+    before = torch.get_num_threads()
+    made: list[NDArray[np.float32]] = []
+    try:
+        for num_threads in (1, 2):
+            torch.set_num_threads(num_threads)
+            made.append(Encoder.open(dtype=dtype, backend="openvino").encode(texts, "document"))
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(made[0], made[1])
+
+
+@needs_openvino
+@pytest.mark.parametrize("role", ["document", "query"])
+@pytest.mark.parametrize("kind", ["tiny", "prompted", "decoder", "dense"])
+def test_openvino_gives_the_vectors_of_torch(
+    several_kinds: dict[tuple[str, str], Encoder], tiny: Encoder, prompted: Encoder, kind: str, role: Role
+) -> None:
+    encoder = {"tiny": tiny, "prompted": prompted}.get(kind) or several_kinds[kind, "float32"]
+    same = Encoder.open(encoder.name, dtype="float32", backend="openvino")
+    texts = [*TEXTS, "", *(f"{'oil ' * (number % 100)}{number}" for number in range(150))]
+    (made_QX, num_cut), (want_QX, want_cut) = (each.encode_counted(texts, role) for each in (same, encoder))
+    np.testing.assert_allclose(made_QX, want_QX, rtol=0, atol=2e-6 if encoder.normalized else 2e-5)
+    assert (made_QX != want_QX).any()  # it was really computed by another library
+    assert num_cut == want_cut > 0
+    assert same.description() == encoder.description()
+
+
+@needs_openvino
+@pytest.mark.parametrize("pooling", ["cls_token", "mean_tokens", "max_tokens", "lasttoken", "weightedmean_tokens"])
+def test_openvino_pools_as_sentence_transformers_does(
+    make_encoder: Callable[..., Path], tmp_path: Path, pooling: str
+) -> None:
+    folder = make_encoder(tmp_path / "model", prompts={"query": "the query: ", "passage": "oil "})
+    modes = {"pooling_mode_mean_tokens": False, f"pooling_mode_{pooling}": True}
+    rewrite(folder / "1_Pooling" / "config.json", **modes, include_prompt=False)
+    encoder = Encoder.open(str(folder), dtype="float32", backend="openvino")
+    roles: tuple[Role, ...] = ("document", "query")
+    for role in roles:
+        np.testing.assert_allclose(encoder.encode(TEXTS, role), expected(folder, TEXTS, role), rtol=0, atol=1e-5)
+
+
+@needs_openvino
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_settings_of_a_model_hold_for_openvino(make_encoder: Callable[..., Path], tmp_path: Path, dtype: str) -> None:
+    folder = make_encoder(tmp_path / "model", normalize=False)
+    rewrite(folder / "config_sentence_transformers.json", truncate_dim=20)
+    options: dict[str, Any] = {"normalize": True, "max_length": 5, "document_prompt": "prices: "}
+    torch_s, openvinos = (
+        Encoder.open(str(folder), dtype=dtype, backend=backend, **options) for backend in ("torch", "openvino")
+    )
+    want_QX, made_QX = (encoder.encode(TEXTS, "document") for encoder in (torch_s, openvinos))
+    assert made_QX.shape == (4, 20)
+    assert openvinos.max_length == 5
+    np.testing.assert_allclose(np.linalg.norm(made_QX, axis=1), 1, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(made_QX, want_QX, rtol=0, atol=1e-6 if dtype == "float32" else 0.05)
+
+
+@needs_openvino
+def test_bfloat16_is_really_used_by_openvino(compiled: dict[tuple[str, int], Encoder]) -> None:
+    exact_QX = compiled["float32", 64].encode(TEXTS, "document")
+    for dtype in DTYPES[1:]:
+        rounded_QX = compiled[dtype, 64].encode(TEXTS, "document")
+        assert ((exact_QX * rounded_QX).sum(axis=1) > 0.999).all()
+        assert (np.abs(exact_QX - rounded_QX).max(axis=1) > 1e-5).all()
+        np.testing.assert_allclose(np.linalg.norm(rounded_QX, axis=1), 1, rtol=0, atol=1e-6)
+
+
+class Brittle(torch.nn.Module):
+    """Does something else with one text than with several: tracing sees the one or the other."""
+
+    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        vectors_BX = features["sentence_embedding"]
+        return features | {"sentence_embedding": -vectors_BX if len(vectors_BX) == 1 else vectors_BX}
+
+
+@needs_openvino
+def test_a_model_whose_code_cannot_be_traced_is_refused(
+    make_encoder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sentence_transformers
+
+    folder = str(make_encoder(tmp_path / "model"))
+    load = sentence_transformers.SentenceTransformer
+    monkeypatch.setattr(
+        sentence_transformers, "SentenceTransformer", lambda *args, **kwargs: load(*args, **kwargs).append(Brittle())
+    )
+    with pytest.raises(ConfigError) as caught:
+        Encoder.open(folder, backend="openvino")
+    assert str(caught.value) == (
+        f"the encoder {folder!r} cannot be converted for OpenVINO: its vectors become other ones. Use --backend torch"
+    )
+
+
+@needs_openvino
+def test_a_model_that_takes_no_tokens_is_refused_by_openvino(word_pieces: str, tmp_path: Path) -> None:
+    folder = str(static(tmp_path / "static", word_pieces))
+    with pytest.raises(ConfigError, match=r"something else than the tokens of a text\. Use --backend torch"):
+        Encoder.open(folder, backend="openvino")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda:1"}, "runs on one CPU, not on cuda:1: use --device cpu or --backend torch"),
+        ({"device": "cpu,cpu"}, "runs on one CPU, not on cpu,cpu: use --device cpu or --backend torch"),
+        ({"dtype": "float16"}, "dtype = float16: the backend openvino computes in float32 or bfloat16; use one"),
+        ({"backend": "onnx"}, "backend = 'onnx': use torch or openvino"),
+    ],
+)
+def test_what_a_backend_cannot_do_is_refused(tiny: Encoder, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Encoder.open(tiny.name, **{"backend": "openvino"} | options)
+
+
+def test_a_missing_openvino_is_named_with_its_extra(tiny: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(DependencyError, match=r"takes the package openvino: install retro-lm\[openvino\]"):
+        Encoder.open(tiny.name, backend="openvino")
+
+
+@needs_openvino
+def test_openvino_reports_its_use_to_nobody_and_writes_nothing(
+    tiny: Encoder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Encoder.open(tiny.name, backend="openvino").encode(TEXTS, "query")
+    # It sends from a thread of its own as soon as it is imported.
+    assert [name for name, module in sys.modules.items() if name.startswith("openvino_telemetry") and module] == []
+    assert capfd.readouterr() == ("", "")
 
 
 # Other networks, poolings, tokenizers
@@ -523,6 +699,8 @@ def test_the_fingerprint_is_the_same_wherever_the_model_lies(
 
 def test_the_fingerprint_does_not_depend_on_where_and_how_it_is_computed(tiny: Encoder) -> None:
     others: list[dict[str, Any]] = [{"dtype": "bfloat16"}, {"device": "cpu,cpu"}, {"batch_size": 1}]
+    if importlib.util.find_spec("openvino") is not None:
+        others.append({"backend": "openvino"})
     for options in others:
         assert Encoder.open(tiny.name, **options).fingerprint == tiny.fingerprint
 
