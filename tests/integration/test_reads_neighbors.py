@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from eval.attribution import answer_span, attribute, read_answer
 from index_builder.build import build_index
 from index_builder.search import IndexRetriever
 from retro.answer import QuestionItem, ask, closed_book, question_batch, question_prompt, source_text
@@ -200,12 +201,26 @@ def test_facts_that_are_only_in_the_index_are_read_from_four_passages(tmp_path: 
     assert off < 8 / 120
     assert shuffled < 8 / 120
 
-    answered = ask(
-        model,
-        tokenizer,
-        world.held_out[0].question,
-        retriever=retriever,
-        config=GenerateConfig(num_neighbors=PASSAGES, neighbor_len=NEIGHBOR_LEN, max_new_tokens=4),
-    )
-    assert answered.text == world.held_out[0].value
-    assert answered.generation.finished
+    config = GenerateConfig(num_neighbors=PASSAGES, neighbor_len=NEIGHBOR_LEN, max_new_tokens=4)
+    answers = [ask(model, tokenizer, f.question, retriever=retriever, config=config) for f in world.held_out]
+    assert answers[0].text == world.held_out[0].value
+    assert answers[0].generation.finished
+
+    # Attribution knows which passage an answer was read from, and where it stands there.
+    by_effect, by_attention, spans, right = 0, 0, 0, 0
+    for fact, answer in zip(world.held_out, answers, strict=True):
+        sources = [number for number, p in enumerate(answer.passages) if p.text == fact.sentence]
+        if answer.text != fact.value or not sources:
+            continue
+        right += 1
+        why = attribute(model, tokenizer, read_answer(answer, tokenizer, CHUNK_LEN), neighbor_len=NEIGHBOR_LEN)
+        value = slice(why.answer.start, len(why.log_prob_n) - answer.generation.finished)
+        by_effect += int(why.passage_deltas()[:, value].sum(axis=1).argmax()) == sources[0]
+        by_attention += int(why.passage_shares()[value].mean(axis=0).argmax()) == sources[0]
+        span = answer_span(why, sources[0], value)
+        spans += span is not None and fact.sentence[slice(*span)].strip() == fact.value
+    logger.info("of %d: left out, it moves most %d; attended most %d; span %d", right, by_effect, by_attention, spans)
+    assert right >= 0.9 * len(answers)
+    assert by_effect >= 0.95 * right
+    assert by_attention >= 0.9 * right
+    assert spans >= 0.9 * right
