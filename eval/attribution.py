@@ -53,7 +53,7 @@ class Reading:
     """A sequence on its grid, and the passages that are read beside it."""
 
     ids: tuple[int, ...]
-    """BOS and the tokens after it, EOS perhaps; all but the first are output tokens."""
+    """BOS and the tokens after it; all but the first are output tokens."""
     lead: int
     """Empty slots before BOS."""
     sources: tuple[Source, ...]
@@ -84,15 +84,15 @@ def read_document(
 
 
 def read_generation(prompt: Sequence[int], generation: Generation, chunk_len: int) -> Reading:
-    """A continuation with what was retrieved for it."""
+    """A continuation, without the EOS that ended it, with what was retrieved for it."""
     found = {chunk: _sources(few) for chunk, few in generation.retrieved.items()}
-    return Reading.of([*prompt, *generation.ids], -len(prompt) % chunk_len, found, given=len(prompt))
+    return Reading.of([*prompt, *_words(generation)], -len(prompt) % chunk_len, found, given=len(prompt))
 
 
 def read_answer(answer: Answer, tokenizer: Tokenizer, chunk_len: int) -> Reading:
-    """An answer of `retro.answer.ask`; its passages are numbered as there, unless two are the same."""
+    """An answer of `retro.answer.ask`, without its EOS; its passages are numbered as there, unless two are the same."""
     prompt = prompt_ids(question_prompt(answer.question), tokenizer)
-    ids = [*prompt, *answer.generation.ids]
+    ids = [*prompt, *_words(answer.generation)]
     lead = -len(prompt) % chunk_len
     texts = [(p, passage_text(p)) for p in answer.passages]
     sources = [Source(text, len(text) - len(p.full_text), p.key, p.title) for p, text in texts]
@@ -100,6 +100,10 @@ def read_answer(answer: Answer, tokenizer: Tokenizer, chunk_len: int) -> Reading
     return Reading.of(
         ids, lead, dict.fromkeys(range(first, (lead + len(ids)) // chunk_len), sources), given=len(prompt)
     )
+
+
+def _words(generation: Generation) -> list[int]:
+    return generation.ids[: len(generation.ids) - generation.finished]
 
 
 def _sources(passages: Sequence[Passage]) -> list[Source]:
@@ -455,6 +459,8 @@ def measure_attribution(
             f"no passage is read: a text needs more than {M} tokens to see those of its first chunk "
             f"(this one has {len(reading.ids) - 1}); continue a shorter one with --generate"
         )
+    if reading.given == len(reading.ids):
+        raise ConfigError("the model ended at once, without a word: there is nothing to attribute")
     found = attribute(model, tokenizer, reading, neighbor_len=config.neighbor_len, batch_size=config.batch_size)
     rows = found.token_rows()
     units = {

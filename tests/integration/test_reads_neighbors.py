@@ -214,10 +214,9 @@ def test_facts_that_are_only_in_the_index_are_read_from_four_passages(tmp_path: 
             continue
         right += 1
         why = attribute(model, tokenizer, read_answer(answer, tokenizer, CHUNK_LEN), neighbor_len=NEIGHBOR_LEN)
-        value = slice(why.answer.start, len(why.log_prob_n) - answer.generation.finished)
-        by_effect += int(why.passage_deltas()[:, value].sum(axis=1).argmax()) == sources[0]
-        by_attention += int(why.passage_shares()[value].mean(axis=0).argmax()) == sources[0]
-        span = answer_span(why, sources[0], value)
+        by_effect += int(why.passage_deltas()[:, why.answer].sum(axis=1).argmax()) == sources[0]
+        by_attention += int(why.passage_shares()[why.answer].mean(axis=0).argmax()) == sources[0]
+        span = answer_span(why, sources[0])
         spans += span is not None and fact.sentence[slice(*span)].strip() == fact.value
     logger.info("of %d: left out, it moves most %d; attended most %d; span %d", right, by_effect, by_attention, spans)
     assert right >= 0.9 * len(answers)

@@ -27,7 +27,7 @@ from eval.attribution import (
 from retro.answer import ask, passage_text
 from retro.chunks import Passage
 from retro.config import GenerateConfig, ModelConfig
-from retro.generate import Prompt, Role, generate, neighbor_tensors, prompt_ids
+from retro.generate import Generation, Prompt, Role, generate, neighbor_tensors, prompt_ids
 from retro.model import Retro
 from retro.retrofit import RetroFit, model_config, retrofit
 from retro.tokenizer import Tokenizer
@@ -324,12 +324,14 @@ def test_a_generation_is_attributed_as_it_was_generated(make: Any) -> None:
     read = read_generation(prompt, made, M)
     found = attribute(model, TOKENIZER, read, neighbor_len=R)
     atol = 1e-6  # log_probs of a generation are float64 of float64 logits; transformers narrow some products
-    np.testing.assert_allclose(found.log_prob_n[found.answer], made.log_probs, rtol=0, atol=atol)
+    np.testing.assert_allclose(
+        found.log_prob_n[found.answer], made.log_probs[: len(found.log_prob_n[found.answer])], rtol=0, atol=atol
+    )
     chunk_n = (read.lead + np.arange(len(read.ids) - 1) + 1) // M - 1
     np.testing.assert_array_equal(found.sees_n, np.isin(chunk_n, list(made.retrieved)))
     assert found.sees_n[found.answer][0]
     assert found.text.endswith(made.text)
-    assert len(found.token_rows()) == len(made.ids)
+    assert len(found.token_rows()) == len(made.ids) - made.finished
 
 
 def test_an_answer_is_attributed_as_it_was_given() -> None:
@@ -337,13 +339,22 @@ def test_an_answer_is_attributed_as_it_was_given() -> None:
     config = GenerateConfig(max_new_tokens=2 * M + 1, num_neighbors=3, neighbor_len=60)
     answer = ask(model, TOKENIZER, "where is the cat", retriever=Library(), config=config)
     found = attribute(model, TOKENIZER, read_answer(answer, TOKENIZER, M), neighbor_len=60)
-    np.testing.assert_allclose(found.log_prob_n[found.answer], answer.generation.log_probs, rtol=0, atol=1e-10)
+    words = len(answer.generation.ids) - answer.generation.finished
+    np.testing.assert_allclose(found.log_prob_n[found.answer], answer.generation.log_probs[:words], rtol=0, atol=1e-10)
     assert [s.text for s in found.reading.sources] == [passage_text(p) for p in answer.passages]
     assert [s.text[s.start :] for s in found.reading.sources] == [p.full_text for p in answer.passages]
     rows = found.to_rows()
     assert sum(row["share of attention, %"] for row in rows) == pytest.approx(100)
-    total_P = (found.log_prob_n - found.without_Pn)[:, len(found.log_prob_n) - len(answer.generation.ids) :].sum(axis=1)
+    total_P = (found.log_prob_n - found.without_Pn)[:, len(found.log_prob_n) - words :].sum(axis=1)
     assert [row["added log-probability, nats"] for row in rows] == pytest.approx(total_P.tolist())
+
+
+def test_the_end_of_an_answer_is_no_word_of_it() -> None:
+    prompt = prompt_ids("the cat", TOKENIZER)
+    cat = TOKENIZER.encode(" dog").ids.tolist()
+    for finished in (True, False):
+        made = Generation(" dog", [*cat, *[TOKENIZER.eos_id] * finished], [-1.0] * (len(cat) + finished), finished)
+        assert list(read_generation(prompt, made, M).ids) == [*prompt, *cat]
 
 
 def test_a_document_is_read_with_the_passages_of_its_finished_chunks() -> None:
