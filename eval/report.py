@@ -162,13 +162,17 @@ def _plots(record: Record, key: str) -> Html | None:
 
 
 def figure_groups(figures: Mapping[str, Figure]) -> Iterator[tuple[str, dict[str, Figure]]]:
-    """What is drawn beside each other: two or more figures of one unit, by what their names begin with."""
+    """What is drawn together: figures of one unit whose names begin alike, two or more, and not all of them 0."""
     groups: dict[tuple[str, str], dict[str, Figure]] = {}
     for name, figure in figures.items():
         if figure.unit and figure.value is not None and math.isfinite(figure.value):
-            start, comma, rest = name.partition(", ")
-            groups.setdefault((figure.unit, start if comma else ""), {})[rest or start] = figure
-    yield from ((start or f"Figures in {unit}", group) for (unit, start), group in groups.items() if len(group) > 1)
+            start, *rest = re.split(", |: ", name, maxsplit=1)
+            groups.setdefault((figure.unit, start if rest else ""), {})[rest[0] if rest else name] = figure
+    yield from (
+        (start or f"Figures in {unit}", group)
+        for (unit, start), group in groups.items()
+        if len(group) > 1 and any(f.value for f in group.values())
+    )
 
 
 def _rows(title: str, rows: Sequence[Mapping[str, Any]]) -> Html | None:

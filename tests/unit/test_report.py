@@ -18,7 +18,7 @@ from sample_records import hostile_record, lm_record, training_record, write_sam
 from eval.markup import Html, column, interval, join, number, tag
 from eval.plots import bars, lines
 from eval.records import Curve, Figure, Record, read_records, write_record
-from eval.report import finish, page, render
+from eval.report import figure_groups, finish, page, render
 from eval.training import training_record as training_course
 from retro.errors import FormatError
 
@@ -259,6 +259,19 @@ def test_the_course_of_a_training_becomes_a_record(tmp_path: Path) -> None:
 def test_a_folder_without_losses_has_no_course(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="holds no losses"):
         training_course(tmp_path)
+
+
+def test_figures_of_one_unit_and_one_beginning_are_drawn_together() -> None:
+    names = {"bits, on": "bpb", "bits, off": "bpb", "loss, on": "bpb", "perplexity": "", "EM": "%", "F1": "%"}
+    names |= {"dense: recall@1": "%", "dense: recall@5, all": "%"}
+    figures = {name: Figure(value=1.0, unit=unit) for name, unit in names.items()}
+    figures |= {"none: a": Figure(value=0.0, unit="%"), "none: b": Figure(value=0.0, unit="%")}
+    figures |= {"bits, missing": Figure(value=None, unit="bpb"), "bits, broken": Figure(value=math.nan, unit="bpb")}
+    assert {title: list(group) for title, group in figure_groups(figures)} == {
+        "bits": ["on", "off"],
+        "Figures in %": ["EM", "F1"],
+        "dense": ["recall@1", "recall@5, all"],
+    }
 
 
 # --- elements and numbers -----------------------------------------------------------------------------------------
