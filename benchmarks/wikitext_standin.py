@@ -49,7 +49,7 @@ SMALL = {
     "train.save_every": 100,
     "train.sample_tokens": 0,
 }
-WINDOW = ["--window", "256", "--stride", "64"]
+WINDOW = "--window 256 --stride 64"
 
 
 def articles(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -123,7 +123,7 @@ def cut(corpus: Path, out: Path, counts: dict[str, int], min_words: int) -> None
             written.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def retro(folder: Path, *arguments: object) -> None:
+def retro(folder: Path, *arguments: str | Path) -> None:
     """Runs a command in a folder, with its time; what it says of itself is left out."""
     command = [sys.executable, "-m", "retro", *map(str, arguments)]
     began = time.monotonic()
@@ -142,40 +142,22 @@ def run(corpus: Path, out: Path, counts: dict[str, int], *, steps: int, vocab: i
         sizes[split] = convert(out / f"wiki.{split}.raw", out / f"{split}.jsonl", split)
         print("{}: {:,} articles, {:,} words, {:,} lines".format(split, *sizes[split]))
     if not (out / "wikitext.tok").is_dir():
-        retro(out, "tokenizer", "train", "train.jsonl", "--vocab-size", vocab, "--out", "wikitext.tok")
-    retro(out, "index", "build", "wikipedia.jsonl", "--out", "wikipedia.index", "--device", "cpu")
-    evaluations = ["--exclude-ngrams-of", "valid.jsonl", "--exclude-ngrams-of", "test.jsonl", "--device", "cpu"]
-    options = [
-        "--tokenizer",
-        "wikitext.tok",
-        "--index",
-        "wikipedia.index",
-        "-k",
-        2,
-        "--out",
-        "wikitext.data",
-        *evaluations,
-    ]
-    retro(out, "data", "train.jsonl", "valid.jsonl", *options)
+        retro(out, *f"tokenizer train train.jsonl --vocab-size {vocab} --out wikitext.tok".split())
+    retro(out, *"index build wikipedia.jsonl --out wikipedia.index --device cpu".split())
+    clean = "--exclude-ngrams-of valid.jsonl --exclude-ngrams-of test.jsonl --device cpu"
+    sources = "--tokenizer wikitext.tok --index wikipedia.index -k 2 --out wikitext.data"
+    retro(out, *f"data train.jsonl valid.jsonl {sources} {clean}".split())
     settings = SMALL | {"model.vocab_size": vocab, "train.steps": steps, "train.device": "cpu"}
     sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     retro(out, "train", RECIPE.resolve(), "--out", "retro.model", *sets)
     retro(out, "train", RECIPE.resolve(), "--out", "base.model", *sets, "--set", "model.cca_layers=[]")
-    report = ["--out", "report", *WINDOW, "--device", "cpu"]
-    options = ["--index", "wikipedia.index", "-k", 10, "--baseline", "base.model", "--overlap", *report]
-    if not (out / "report").is_dir():
-        retro(out, "eval", "lm", "retro.model", "test.jsonl", *options)
-        options = [
-            "--store",
-            "wikipedia.jsonl",
-            "--datastore",
-            "wikipedia.datastore",
-            "--tune",
-            "valid.jsonl",
-            "-k",
-            10,
-        ]
-        retro(out, "eval", "knn-lm", "base.model", "test.jsonl", *options, *report)
+    report, records = f"--out report {WINDOW} --device cpu", out / "report" / "records"
+    if not [*records.glob("lm-*")]:
+        options = f"--index wikipedia.index -k 10 --baseline base.model --overlap {report}"
+        retro(out, *f"eval lm retro.model test.jsonl {options}".split())
+    if not [*records.glob("knn-lm-*")]:
+        options = f"--store wikipedia.jsonl --datastore wikipedia.datastore --tune valid.jsonl -k 10 {report}"
+        retro(out, *f"eval knn-lm base.model test.jsonl {options}".split())
     table(out / "report", sum(sizes["test"][1:]))
 
 
