@@ -143,7 +143,7 @@ def run(corpus: Path, out: Path, counts: dict[str, int], *, steps: int, vocab: i
         print("{}: {:,} articles, {:,} words, {:,} lines".format(split, *sizes[split]))
     if not (out / "wikitext.tok").is_dir():
         retro(out, *f"tokenizer train train.jsonl --vocab-size {vocab} --out wikitext.tok".split())
-    retro(out, *"index build wikipedia.jsonl --out wikipedia.index --device cpu".split())
+    retro(out, "index", "build", "wikipedia.jsonl", "--out", "wikipedia.index", "--device", "cpu")
     clean = "--exclude-ngrams-of valid.jsonl --exclude-ngrams-of test.jsonl --device cpu"
     sources = "--tokenizer wikitext.tok --index wikipedia.index -k 2 --out wikitext.data"
     retro(out, *f"data train.jsonl valid.jsonl {sources} {clean}".split())
