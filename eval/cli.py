@@ -414,11 +414,9 @@ def _documents(corpora: list[str], text_field: str) -> "list[Document]":
     return [item for item in read if isinstance(item, Document)]
 
 
-@eval_app.command(
-    "harness", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)
+@eval_app.command("harness", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def harness(context: typer.Context) -> None:
-    """The lm-evaluation-harness, with our models beside its own: all its options, and --model retro.
+    """The lm-evaluation-harness, with our models beside its own; `retro eval harness -- --help` lists its options.
 
     \b
     Example:

@@ -383,6 +383,7 @@ def test_settings_that_may_change_do_and_the_losses_stay(data: Path, tmp_path: P
         "tensorboard": True,
         "device": "auto",
         "timeout_s": 10.0,
+        "activation_checkpointing": True,
     }
     tested_elsewhere = {"data", "out", "steps"}
     cannot_be_tested = {"wandb_project", "compile"}  # a service and a compiler
