@@ -36,6 +36,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/retro eval readme README.md benchmarks/results/report --check
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
 bench: setup
