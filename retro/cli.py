@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from index_builder.cli import _show_report as show_report
 from eval.cli import eval_app
+from index_builder.cli import _show_report as show_report
 from index_builder.cli import data, index_app, plan_app, tokenizer_app
 from retro.errors import ConfigError, RetroError
 from retro.terminal import (
