@@ -30,14 +30,14 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n auto
 
-# The tests marked slow are in `make test` only, which CI runs first.
+# Of the tests the quick ones; all of them are in `make test`, which CI runs first.
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/retro eval readme README.md benchmarks/results/report --check
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow" tests/unit tests/golden
 
 bench: setup
 	$(BIN)/python benchmarks/squad_recall.py
