@@ -1,6 +1,8 @@
 """Measures of text, pure functions."""
 
 import re
+import string
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,8 @@ from retro.errors import ConfigError
 Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 _SPACE = re.compile(r"\s+")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = frozenset(string.punctuation)
 
 
 def contains_answer(text: str, answers: Sequence[str]) -> bool:
@@ -32,6 +36,56 @@ def first_with_answer(texts: Sequence[str], answers: Sequence[str]) -> int | Non
 def _pattern(answer: str) -> re.Pattern[str]:
     plain = _SPACE.sub(" ", answer.strip()).casefold()
     return re.compile(rf"(?<!\w){re.escape(plain)}(?!\w)")
+
+
+def normalized_answer(text: str) -> str:
+    """An answer as SQuAD compares it: lower case, no punctuation, no articles, single spaces.
+
+    Punctuation is ASCII's and goes without leaving a space, as in `u.s.` = `us`; articles are whole words.
+
+    Source: the evaluation script of arXiv:1606.05250.
+    """
+    plain = "".join(character for character in text.lower() if character not in _PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", plain).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1 where the prediction is one of the answers after `normalized_answer`, else 0.
+
+    Raises:
+        ConfigError: The prediction is no text, or there is no answer.
+    """
+    _check_prediction(prediction, answers)
+    return float(any(normalized_answer(prediction) == normalized_answer(answer) for answer in answers))
+
+
+def token_f1(prediction: str, answers: Sequence[str]) -> float:
+    """Best F1 of the words of the prediction and of an answer, counted as often as they occur, after `normalized_answer`.
+
+    Where one of the two is empty, 1 if both are, else 0.
+
+    Raises:
+        ConfigError: The prediction is no text, or there is no answer.
+    """
+    _check_prediction(prediction, answers)
+    return max(_one_f1(normalized_answer(prediction).split(), normalized_answer(answer).split()) for answer in answers)
+
+
+def _one_f1(prediction: list[str], answer: list[str]) -> float:
+    if not prediction or not answer:
+        return float(prediction == answer)
+    common = sum((Counter(prediction) & Counter(answer)).values())
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(prediction), common / len(answer)
+    return 2 * precision * recall / (precision + recall)
+
+
+def _check_prediction(prediction: object, answers: Sequence[str]) -> None:
+    if not isinstance(prediction, str):
+        raise ConfigError(f"the prediction {prediction!r} is no text: a question without an answer is an empty string")
+    if not answers:
+        raise ConfigError("a question without any accepted answer cannot be scored")
 
 
 def answer_recall(ranks: Sequence[int | None], k: int) -> float:
