@@ -190,6 +190,11 @@ class ChunkCache:
     at_BS: Tensor | None = None
     """Its place in its neighbor."""
 
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> "ChunkCache":
+        """Of rows that have no slot yet."""
+        return cls(torch.zeros(rows, dtype=torch.long, device=device))
+
     def select(self, index_B: Tensor) -> None:
         """Takes rows, in an order, some perhaps more than once."""
         self._map(lambda x, _: x[index_B])
@@ -388,6 +393,23 @@ class Continuation:
     cca_layer: int = 0
 
     @classmethod
+    def into(
+        cls,
+        model: Reader,
+        cache: Cache,
+        keep_BT: Tensor,
+        slot_BT: Tensor | None,
+        neighbors_BLKR: Tensor | None,
+        keep_BLKR: Tensor | None,
+    ) -> "Continuation":
+        """Begins, and enters what the columns hold into a cache, new or filled; the arguments are those of `Retro.hidden`."""
+        if cache.chunk is None:
+            cache.chunk = ChunkCache.empty(len(keep_BT), keep_BT.device)
+        view = cls.of(model, cache.chunk, keep_BT, slot_BT, neighbors_BLKR, keep_BLKR, cache)
+        cache.append_places(keep_BT, view.slot_BT)
+        return view
+
+    @classmethod
     def of(
         cls,
         model: Reader,
@@ -398,7 +420,7 @@ class Continuation:
         keep_BLKR: Tensor | None,
         cache: Cache | None = None,
     ) -> "Continuation":
-        """Begins; the arguments are those of `Retro.hidden`."""
+        """Begins beside whoever keeps self-attention's keys and values; see `into`."""
         B, T = keep_BT.shape
         fresh = chunk.hidden_BMD is None and not (cache is not None and cache.length)
         first_B = chunk.slot_B // model.chunk_len

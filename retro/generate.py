@@ -6,7 +6,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from retro.cca import Cache
@@ -86,15 +88,47 @@ def neighbor_tensors(
     Returns:
         Ids [B, L, K, R] and keep [B, L, K, R]; each text is cut after R tokens.
     """
-    B, L = len(texts), max((len(row) for row in texts), default=0)
-    neighbors_BLKR = torch.zeros(B, L, K, R, dtype=torch.long)
-    keep_BLKR = torch.zeros(B, L, K, R, dtype=torch.bool)
-    flat = [(b, c, k, text) for b, row in enumerate(texts) for c, few in enumerate(row) for k, text in enumerate(few)]
-    for (b, c, k, _), ids in zip(flat, tokenizer.encode_batch([text for *_, text in flat]), strict=True):
-        n = min(len(ids), R)
-        neighbors_BLKR[b, c, k, :n] = torch.tensor(ids[:n])
-        keep_BLKR[b, c, k, :n] = True
+    encoded = iter(tokenizer.encode_batch([text for row in texts for few in row for text in few]))
+    ids = [[[next(encoded) for _ in few] for few in row] for row in texts]
+    return token_tensors(ids, max((len(row) for row in texts), default=0), K, R)
+
+
+def token_tensors(
+    ids: Sequence[Sequence[Sequence[Sequence[int] | NDArray[np.int32]]]], L: int, K: int, R: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens of the neighbors of chunks, ids[b][l][k], as tensors.
+
+    Returns:
+        Ids [B, L, K, R] and keep [B, L, K, R]; each neighbor is cut after R tokens, and what is missing is False.
+    """
+    neighbors_BLKR = torch.zeros(len(ids), L, K, R, dtype=torch.long)
+    keep_BLKR = torch.zeros(len(ids), L, K, R, dtype=torch.bool)
+    for b, row in enumerate(ids):
+        for chunk, few in enumerate(row):
+            for k, neighbor in enumerate(few):
+                n = min(len(neighbor), R)
+                neighbors_BLKR[b, chunk, k, :n] = torch.as_tensor(neighbor[:n])
+                keep_BLKR[b, chunk, k, :n] = True
     return neighbors_BLKR, keep_BLKR
+
+
+def find_passages(
+    tokenizer: Tokenizer, retriever: Retriever, k: int, chunks: Sequence[tuple[list[int], int, int]]
+) -> list[list[Passage] | None]:
+    """Passages of some chunks by their text, in one search; None for a chunk without text, which is not looked up.
+
+    Args:
+        tokenizer: Of the chunks.
+        retriever: Asked once for equal texts.
+        k: Passages wanted.
+        chunks: Of each, the tokens of its row and which part of them it is: `ids[first:end]`, as `Tokenizer.decode_chunk` takes
+            them.
+    """
+    texts = [tokenizer.decode_chunk(*chunk) for chunk in chunks]
+    queries = list(dict.fromkeys(text for text in texts if text.strip()))
+    found = retriever.retrieve(queries, k) if queries else []
+    passages = dict(zip(queries, found, strict=True))
+    return [passages.get(text) for text in texts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,19 +141,6 @@ class Lookup:
     """K."""
     neighbor_len: int
     """R."""
-
-    def passages(self, chunks: Sequence[tuple[list[int], int, int]]) -> list[list[Passage] | None]:
-        """Passages of some chunks, in one search; None for a chunk without text, which is not looked up.
-
-        Args:
-            chunks: Of each, the tokens of its row and which part of them it is: `ids[first:end]`, as `Tokenizer.decode_chunk` takes
-                them.
-        """
-        texts = [self.tokenizer.decode_chunk(*chunk) for chunk in chunks]
-        queries = list(dict.fromkeys(text for text in texts if text.strip()))
-        found = self.retriever.retrieve(queries, self.num_neighbors) if queries else []
-        passages = dict(zip(queries, found, strict=True))
-        return [passages.get(text) for text in texts]
 
     def neighbors(
         self, ids: Sequence[list[int]], lead: Sequence[int], before: Sequence[int], chunk_len: int, *, skip: int = 0
@@ -145,7 +166,7 @@ class Lookup:
             counts.append(len(numbers[skip:]))
         if not chunks:
             return None
-        found = iter(self.passages(chunks))
+        found = iter(find_passages(self.tokenizer, self.retriever, self.num_neighbors, chunks))
         none: list[list[str]] = [[] for _ in range(skip)]
         texts = [none + [[passage.full_text for passage in next(found) or []] for _ in range(n)] for n in counts]
         return neighbor_tensors(texts, self.tokenizer, self.num_neighbors, self.neighbor_len)
@@ -326,8 +347,7 @@ class Decoder:
                 asking.setdefault(K, []).append(row)
         for K, rows in asking.items():
             assert self.retriever is not None
-            lookup = Lookup(tokenizer=self.tokenizer, retriever=self.retriever, num_neighbors=K, neighbor_len=1)
-            search = self._searcher.submit(lookup.passages, chunks[K])
+            search = self._searcher.submit(find_passages, self.tokenizer, self.retriever, K, chunks[K])
             for row in rows:
                 row.search = search
 

@@ -367,9 +367,8 @@ class RetroForCausalLM(PreTrainedModel, RetroGenerationMixin):
             module.initialize(torch.Generator(module.embedding.weight.device).manual_seed(seed))
 
     def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, **__: Any) -> None:
-        self.gradient_checkpointing = self.model.checkpointing = enable
-        if self.model.encoder is not None:
-            self.model.encoder.checkpointing = enable
+        self.gradient_checkpointing = enable
+        self.model.checkpoint_activations(enable)
 
 
 _DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")

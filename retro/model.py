@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from retro.attention import Attention, CausalMask, Places, attend
-from retro.cca import Cache, ChunkCache, Continuation, Neighborhood, View, WholeChunks
+from retro.cca import Cache, Continuation, Neighborhood, View, WholeChunks
 from retro.config import ModelConfig
 
 LOGITS_PER_PART = {"cpu": 1 << 22, "cuda": 1 << 26}
@@ -335,18 +335,14 @@ class Retro(nn.Module):
             segment_BT = torch.zeros_like(inputs_BT)
             if document_BL is not None:
                 segment_BT = document_BL.repeat_interleave(self.chunk_len, dim=1)
-            if document_BL is not None or torch.compiler.is_compiling() or not bool(keep_BT.all()):
-                segment_BT = segment_BT.masked_fill(~keep_BT, -1)
+            segment_BT = segment_BT.masked_fill(~keep_BT, -1)
             mask = CausalMask.of(segment_BT, dense=self.config.positions == "relative")
             view = WholeChunks(self, keep_BT, document_BL, neighbors_BLKR, keep_BLKR, mask)
         else:
             cache = cache if cache is not None else Cache()
-            if cache.chunk is None:
-                cache.chunk = ChunkCache(torch.zeros(B, dtype=torch.long, device=device))
-            view = Continuation.of(self, cache.chunk, keep_BT, slot_BT, neighbors_BLKR, keep_BLKR, cache)
-            cache.append_places(keep_BT, view.slot_BT)
-            if not self.config.cca_layers:
-                cache.chunk.slot_B = view.next_B
+            view = Continuation.into(self, cache, keep_BT, slot_BT, neighbors_BLKR, keep_BLKR)
+            if not self.config.cca_layers:  # nothing else notes that the rows have gone on
+                view.chunk.slot_B = view.next_B
         for layer in self.layers:
             x_BTD = _run(layer, self.checkpointing, x_BTD, view)
         if cache is not None:
@@ -361,11 +357,11 @@ class Retro(nn.Module):
         encoded: Tensor = self.encoder(table(near.tokens_NKR), near.keep_NKR, hidden_NMD, keep_NM)
         return encoded
 
-    def checkpoint_activations(self) -> None:
-        """From now on keeps little for the backward pass, at the price of a second forward pass."""
-        self.checkpointing = True
+    def checkpoint_activations(self, enable: bool = True) -> None:
+        """From now on keeps little for the backward pass, at the price of a second forward pass; or all again."""
+        self.checkpointing = enable
         if self.encoder is not None:
-            self.encoder.checkpointing = True
+            self.encoder.checkpointing = enable
 
 
 def _cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

@@ -347,11 +347,8 @@ class RetroFit(nn.Module):
         asked: dict[str, Any] = {"use_cache": False}
         if cache is not None or slot_BT is not None:
             cache = cache if cache is not None else Cache()
-            if cache.chunk is None:
-                cache.chunk = ChunkCache(torch.zeros(B, dtype=torch.long, device=inputs_BT.device))
             keep_BT = torch.ones_like(inputs_BT, dtype=torch.bool) if keep_BT is None else keep_BT
-            view = Continuation.of(self, cache.chunk, keep_BT, slot_BT, neighbors_BLKR, keep_BLKR, cache)
-            cache.append_places(keep_BT, view.slot_BT)
+            view = Continuation.into(self, cache, keep_BT, slot_BT, neighbors_BLKR, keep_BLKR)
             asked = {"use_cache": True, "past_key_values": _Columns(cache), **cache_places(self.base, cache, keep_BT)}
         else:
             held_BT = torch.ones_like(inputs_BT, dtype=torch.bool) if keep_BT is None else keep_BT
@@ -458,7 +455,7 @@ class RetroFit(nn.Module):
         near = self._lookup.neighbors(cache.ids, cache.lead, columns.before, M)
         neighbors, keep = (None, None) if near is None else (x.to(ids_BT.device) for x in near)
         if cache.chunk is None:
-            cache.chunk = ChunkCache(torch.zeros(len(ids_BT), dtype=torch.long, device=ids_BT.device))
+            cache.chunk = ChunkCache.empty(len(ids_BT), ids_BT.device)
         self._view = Continuation.of(self, cache.chunk, columns.keep_BT, columns.slot_BT, neighbors, keep)
 
     def _end_generating(self, *_: Any) -> None:
