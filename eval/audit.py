@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from eval.records import Figure, Record
 from index_builder.corpus import ReadOptions, describe_corpora, read_documents
 from index_builder.duplicates import THRESHOLD, NearDuplicates, signatures, words
+from index_builder.shards import Progress
 from retro.artifact import fingerprint, read_manifest
 from retro.chunks import ChunkStore, Document, load_array
-
-Progress = Callable[[str, int, int | None], None]
 
 WORDS_IN_A_ROW = 13
 """Words in a row that an evaluation document and the index must not share. Source: arXiv:2005.14165, appendix C."""

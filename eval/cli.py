@@ -25,6 +25,7 @@ from retro.terminal import (
 
 if TYPE_CHECKING:
     from eval.records import Record
+    from index_builder.search import IndexRetriever
     from retro.chunks import Document
 
 eval_app = typer.Typer(help="Measure a model, an index, or both; figures go into a report's folder.", **SETTINGS)
@@ -78,7 +79,6 @@ def lm(
 
     from eval.language_modeling import MODES, Part, evenly
     from eval.lm_record import LmConfig, measure_language_model, open_for_eval
-    from index_builder.search import METHODS, IndexRetriever
 
     wanted = tuple(choice(name.strip(), MODES, "--modes") for name in modes.split(","))
     config = LmConfig(
@@ -95,11 +95,7 @@ def lm(
     )
     places = resolve_devices(device)
     opened = open_for_eval(model, places)
-    retriever = None
-    if index is not None:
-        retriever = IndexRetriever.open(
-            index, device=places, method=choice(method, METHODS, "--retriever"), where=where
-        )
+    retriever = None if index is None else _retriever(index, places, method, where)
     documents = evenly(_documents(corpora, text_field), limit)
     with bars() as progress:
         record, units = measure_language_model(
@@ -243,13 +239,11 @@ def attribution(
     from eval.attribution import AttributionConfig, measure_attribution
     from eval.attribution_page import heat_map, write_page
     from eval.lm_record import open_for_eval
-    from index_builder.search import METHODS, IndexRetriever
 
     config = AttributionConfig(num_neighbors=k, neighbor_len=neighbor_len, generate=generate)
     places = resolve_devices(device)
     opened = open_for_eval(model, places)
-    chosen = choice(method, METHODS, "--retriever")
-    retriever = IndexRetriever.open(index, device=places, method=chosen, where=where)
+    retriever = _retriever(index, places, method, where)
     record, units, found = measure_attribution(opened, text, config, retriever=retriever)
     path = _show(record, units, out, as_json=as_json)
     if out is not None and path is not None:
@@ -361,14 +355,9 @@ def compare_records(
     from eval.compare import compare
 
     record = compare(reports, seed=seed)
-    if out is not None:
-        from eval.report import finish
-
-        typer.echo(f"{finish(out, record)}; the page is {out / 'report.html'}", err=True)
+    _keep(record, None, out)
     if as_json:
-        from eval.records import to_json
-
-        typer.echo(to_json(record))
+        _print_json(record)
         return
     from eval.markup import column
 
@@ -438,18 +427,34 @@ def _texts(path: Path) -> list[str]:
     return [document.text for document in _documents([str(path)], "text")]
 
 
+def _retriever(index: Path, device: str, method: str, where: str | None) -> "IndexRetriever":
+    from index_builder.search import METHODS, IndexRetriever
+
+    return IndexRetriever.open(index, device=device, method=choice(method, METHODS, "--retriever"), where=where)
+
+
+def _keep(record: "Record", units: dict[str, list[Any]] | None, out: Path | None) -> Path | None:
+    """Adds a record to a report where one is named; returns its file there."""
+    if out is None:
+        return None
+    from eval.report import finish
+
+    path = finish(out, record, units)
+    typer.echo(f"{path}; the page is {out / 'report.html'}", err=True)
+    return path
+
+
+def _print_json(record: "Record") -> None:
+    from eval.records import to_json
+
+    typer.echo(to_json(record))
+
+
 def _show(record: "Record", units: dict[str, list[Any]] | None, out: Path | None, *, as_json: bool) -> Path | None:
     """Prints a record, and adds it to a report where one is named; returns its file there."""
-    path = None
-    if out is not None:
-        from eval.report import finish
-
-        path = finish(out, record, units)
-        typer.echo(f"{path}; the page is {out / 'report.html'}", err=True)
+    path = _keep(record, units, out)
     if as_json:
-        from eval.records import to_json
-
-        typer.echo(to_json(record))
+        _print_json(record)
         return path
     width = max(map(len, record.figures), default=0)
     for name, figure in record.figures.items():

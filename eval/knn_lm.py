@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from eval.language_modeling import EvalDocument, Floats, Progress, Window, losses_of, read_eval_documents, states
-from eval.lm_record import Opened
-from eval.metrics import bootstrap_ratio, paired_bootstrap
+from eval.language_modeling import EvalDocument, Floats, Window, losses_of, read_eval_documents, states
+from eval.lm_record import Opened, bits_figure, change_figure
 from eval.records import Curve, Figure, Record
 from index_builder.build import index_stage
 from index_builder.config import BuildConfig
 from index_builder.index import VectorIndex, Vectors
-from retro.artifact import begin, finish, read_manifest, writing
+from index_builder.shards import Progress
+from retro.artifact import begin, fingerprint, finish, read_manifest, writing
 from retro.chunks import Document, load_array, save_array, shard_path
 from retro.errors import ConfigError, MismatchError
 
@@ -117,7 +117,7 @@ def build_datastore(
     """
     recipe = {
         "model": opened.fingerprint,
-        "documents": _fingerprint(documents),
+        "documents": fingerprint([[document.key, document.content_hash] for document in documents]),
         "window": asdict(window),
         "index_type": index_type,
     }
@@ -151,12 +151,6 @@ def build_datastore(
         )
         finish(folder, KIND, recipe, {"index": description, "tokens": len(vectors)})
     return Datastore(folder)
-
-
-def _fingerprint(documents: Sequence[Document]) -> str:
-    from retro.artifact import fingerprint
-
-    return fingerprint([[document.key, document.content_hash] for document in documents])
 
 
 def mixed_losses(
@@ -241,16 +235,14 @@ def measure_knn_lm(
     }
     figures = {}
     for name, column in (("kNN-LM", "loss_on_nats"), ("decoder alone", "loss_off_nats")):
-        figures[f"bits per byte, {name}"] = _bits(units[column], units["bytes"], config.seed)
+        figures[f"bits per byte, {name}"] = bits_figure(units[column], units["bytes"], config.seed)
     for name, column in (("kNN-LM", "loss_on_nats"), ("decoder alone", "loss_off_nats")):
         figures[f"perplexity per token, {name}"] = Figure(
             value=math.exp(min(math.fsum(units[column]) / len(loss_N), 700)), unit="", count=len(read)
         )
     if len(read) > 1:
-        off = np.array(units["loss_off_nats"])
-        found = paired_bootstrap(np.array(units["loss_on_nats"]), off, off, seed=config.seed)
-        figures["kNN-LM against the decoder alone"] = Figure(
-            value=100 * found.value, unit="%", low=100 * found.low, high=100 * found.high, count=len(read)
+        figures["kNN-LM against the decoder alone"] = change_figure(
+            units["loss_on_nats"], units["loss_off_nats"], config.seed
         )
     record = Record(
         kind="knn-lm",
@@ -265,14 +257,6 @@ def measure_knn_lm(
         seconds=round(time.monotonic() - began, 3),
     )
     return record, units
-
-
-def _bits(losses: list[float], sizes: list[float], seed: int) -> Figure:
-    value = math.fsum(losses) / math.log(2) / math.fsum(sizes)
-    if len(losses) < 2:
-        return Figure(value=value, unit="bits per byte", count=len(losses))
-    low, high = bootstrap_ratio(np.array(losses), np.array(sizes, float), seed=seed)
-    return Figure(value=value, unit="bits per byte", low=low / math.log(2), high=high / math.log(2), count=len(losses))
 
 
 _Rows = tuple[NDArray[np.int64], Floats, Floats, NDArray[np.int64], NDArray[np.int64]]

@@ -8,8 +8,8 @@ sum over the UTF-8 bytes of the text, so that models of different tokenizers can
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from index_builder.shards import Progress
 from retro.chunks import Document, TokenizedDocument
 from retro.errors import ConfigError
-from retro.generate import Retriever
+from retro.generate import Lookup, Retriever, prompt_ids, token_tensors
 from retro.tokenizer import Tokenizer
 
 Mode = Literal["on", "off", "shuffled", "oracle"]
 MODES: tuple[Mode, ...] = ("on", "off", "shuffled", "oracle")
 Part = Literal["both", "chunk", "continuation"]
 Floats = NDArray[np.float64]
-Progress = Callable[[str, int, int | None], None]
 
 _LOOKUP = 512
 """Chunks looked up in one go."""
@@ -350,18 +350,14 @@ def losses_of(model: Any, hidden_tD: Tensor, targets_t: Tensor) -> tuple[Floats,
 def _neighbor_tensors(
     neighbors: Sequence[Sequence[Sequence[Neighbor]]], places: list[tuple[int, int]], L: int, M: int, R: int, part: Part
 ) -> dict[str, Tensor]:
-    rows = [list(neighbors[number][start // M : start // M + L]) for number, start in places]
+    rows = [
+        [[neighbor.tokens(part) for neighbor in few] for few in neighbors[number][start // M : start // M + L]]
+        for number, start in places
+    ]
     K = max((len(few) for row in rows for few in row), default=0)
     if K == 0:
         return {}
-    neighbors_BLKR = torch.zeros(len(places), L, K, R, dtype=torch.long)
-    keep_BLKR = torch.zeros_like(neighbors_BLKR, dtype=torch.bool)
-    for b, row in enumerate(rows):
-        for chunk, few in enumerate(row):
-            for k, neighbor in enumerate(few):
-                tokens = neighbor.tokens(part)[:R]
-                neighbors_BLKR[b, chunk, k, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
-                keep_BLKR[b, chunk, k, : len(tokens)] = True
+    neighbors_BLKR, keep_BLKR = token_tensors(rows, L, K, R)
     return {"neighbors_BLKR": neighbors_BLKR, "keep_BLKR": keep_BLKR}
 
 
@@ -476,8 +472,6 @@ def last_word_hits(
 
     The context is a prompt: it ends on a chunk border, with empty slots before it, and retrieves at once.
     """
-    from retro.generate import Lookup, prompt_ids
-
     M, device = model.chunk_len, model.embedding.weight.device
     hits = []
     lookup = None
@@ -514,8 +508,3 @@ def evenly(items: Sequence[Any], limit: int | None) -> list[Any]:
     if limit is None or limit >= len(items):
         return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, limit).round().astype(int).tolist()]
-
-
-def without_neighbors(documents: Sequence[EvalDocument]) -> list[EvalDocument]:
-    """The same documents, as if nothing had been found."""
-    return [replace(document, neighbors=((),) * len(document.neighbors)) for document in documents]

@@ -3,18 +3,18 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from eval.language_modeling import (
     EvalDocument,
     Foreign,
     Mode,
     Part,
-    Progress,
     Scored,
     Window,
     bits_per_byte,
@@ -26,10 +26,11 @@ from eval.language_modeling import (
     score,
     sees,
 )
-from eval.leakage import chunk_overlaps, overlap_curve
+from eval.leakage import chunk_overlaps, overlap_curve, overlap_differences, overlap_intervals
 from eval.metrics import bootstrap_mean, bootstrap_ratio, paired_bootstrap
 from eval.records import Curve, Figure, Record
-from retro.artifact import MANIFEST
+from index_builder.shards import Progress
+from retro.artifact import MANIFEST, fingerprint, read_manifest
 from retro.chunks import Document
 from retro.errors import ConfigError, MismatchError
 from retro.generate import Retriever
@@ -88,7 +89,6 @@ class Opened:
     fingerprint: str
     retrieves: bool
     """Whether it was made with retrieval."""
-    training: dict[str, Any] = field(default_factory=dict)
 
 
 def open_for_eval(path: str, device: str = "cpu") -> Opened:
@@ -100,17 +100,15 @@ def open_for_eval(path: str, device: str = "cpu") -> Opened:
     """
     folder = Path(path)
     if (folder / MANIFEST).is_file() or (folder / "training").is_dir():
-        from retro.artifact import fingerprint, read_manifest
         from retro.checkpoint import KIND, load_model
 
-        model, tokenizer, info = load_model(folder, device)
+        model, tokenizer, _ = load_model(folder, device)
         return Opened(
             name=folder.name,
             model=model,
             tokenizer=tokenizer,
             fingerprint=fingerprint(read_manifest(folder, KIND)["files"]),
             retrieves=bool(model.config.cca_layers),
-            training=info["training"],
         )
     from transformers import AutoModelForCausalLM
 
@@ -121,8 +119,6 @@ def open_for_eval(path: str, device: str = "cpu") -> Opened:
         base = base.to(device).eval()
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is neither a model of ours nor one of Hugging Face: {error}") from error
-    from retro.artifact import fingerprint
-
     return Opened(
         name=folder.name,
         model=Foreign(base),
@@ -198,15 +194,20 @@ def measure_language_model(
         "tokens": [len(document.ids) - 1 for document in read],
     }
     figures: dict[str, Figure] = {}
+    # The tokens that would see neighbors with retrieval on, and the bytes of each document that they stand for.
+    seeing = [sees(document, document.neighbors, M) for document in read]
+    if any(which.any() for which in seeing):
+        units["bytes_seeing"] = [_bytes_of(document, which, M) for document, which in zip(read, seeing, strict=True)]
     for mode, scored in by_mode.items():
-        _add_mode(mode, scored, read, M, figures, units, config.seed)
+        _add_mode(mode, scored, read, seeing, figures, units, config.seed)
     base_read, base_scored = _score_baseline(baseline, documents, window, config, progress)
     if baseline is not None:
         losses = [float(s.loss_n.sum()) for s in base_scored]
-        figures["bits per byte, baseline"] = _ratio(losses, [d.num_bytes for d in base_read], config.seed)
+        figures["bits per byte, baseline"] = bits_figure(losses, [d.num_bytes for d in base_read], config.seed)
         units["loss_baseline_nats"] = losses
     _add_differences(units, figures, config.seed)
     curves: dict[str, Curve] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     if config.sweep:
         ks = sorted({config.num_neighbors, *config.sweep})
         swept = [by_mode["on"] if k == config.num_neighbors and "on" in by_mode else scored_by("on", k) for k in ks]
@@ -219,7 +220,9 @@ def measure_language_model(
             raise MismatchError(
                 "the overlap curve of a baseline needs the same tokenizer: its chunks are others otherwise"
             )
-        curves["Allowed overlap of a chunk and its neighbors"] = _overlap(read, by_mode, base_scored, config, M)
+        title = "Allowed overlap of a chunk and its neighbors"
+        curves[title], table = _overlap(read, by_mode, base_scored, config, M)
+        rows |= {title: table} if table else {}
     if last_word_texts:
         hits = last_word_hits(
             opened.model,
@@ -238,6 +241,7 @@ def measure_language_model(
         name=opened.name,
         figures=figures,
         curves=curves,
+        rows=rows,
         configuration=asdict(config)
         | {"documents": len(read), "baseline": None if baseline is None else baseline.name},
         fingerprints={"model": opened.fingerprint, "tokenizer": opened.tokenizer.fingerprint}
@@ -260,27 +264,29 @@ def _add_mode(
     mode: Mode,
     scored: list[Scored],
     read: list[EvalDocument],
-    M: int,
+    seeing: list[NDArray[np.bool_]],
     figures: dict[str, Figure],
     units: dict[str, list[Any]],
     seed: int,
 ) -> None:
     losses = [float(s.loss_n.sum()) for s in scored]
     units[f"loss_{mode}_nats"] = losses
-    figures[f"bits per byte, retrieval {mode}"] = _ratio(losses, units["bytes"], seed)
+    figures[f"bits per byte, retrieval {mode}"] = bits_figure(losses, units["bytes"], seed)
     if mode in ("on", "off"):
         for name, value in perplexities(scored, read).items():
             figures[f"perplexity {name}, retrieval {mode}"] = Figure(value=value, unit="", count=len(read))
-    # The tokens that would see neighbors with retrieval on are the same in all modes but oracle.
-    seeing = [sees(document, document.neighbors, M) for document in read]
-    if any(which.any() for which in seeing):
+    if "bytes_seeing" in units:
         seen = [float(s.loss_n[which].sum()) for s, which in zip(scored, seeing, strict=True)]
-        in_view = []
-        for document, which in zip(read, seeing, strict=True):
-            shares = chunk_sums(which.astype(float), M) / np.maximum(chunk_sums(np.ones(len(which)), M), 1)
-            in_view.append(float((document.chunk_bytes * shares).sum()))
-        units[f"loss_{mode}_seeing_nats"], units["bytes_seeing"] = seen, in_view
-        figures[f"bits per byte, retrieval {mode}, tokens that can see neighbors"] = _ratio(seen, in_view, seed)
+        units[f"loss_{mode}_seeing_nats"] = seen
+        figures[f"bits per byte, retrieval {mode}, tokens that can see neighbors"] = bits_figure(
+            seen, units["bytes_seeing"], seed
+        )
+
+
+def _bytes_of(document: EvalDocument, which_n: NDArray[np.bool_], M: int) -> float:
+    """Bytes of some tokens: of each chunk's by their share."""
+    shares_c = chunk_sums(which_n.astype(float), M) / np.maximum(chunk_sums(np.ones(len(which_n)), M), 1)
+    return float((document.chunk_bytes * shares_c).sum())
 
 
 def _add_differences(units: dict[str, list[Any]], figures: dict[str, Figure], seed: int) -> None:
@@ -292,15 +298,18 @@ def _add_differences(units: dict[str, list[Any]], figures: dict[str, Figure], se
             first, second = units.get(f"loss_on{seeing}_nats"), units.get(f"loss_{other}{seeing}_nats")
             if first is None or second is None or not math.fsum(second):
                 continue
-            found = paired_bootstrap(np.array(first), np.array(second), np.array(second), seed=seed)
             name = f"retrieval on against {other}" + (", tokens that can see neighbors" if seeing else "")
-            figures[name] = Figure(
-                value=100 * found.value, unit="%", low=100 * found.low, high=100 * found.high, count=len(first)
-            )
+            figures[name] = change_figure(first, second, seed)
 
 
-def _ratio(losses: Sequence[float], sizes: Sequence[float], seed: int) -> Figure:
-    """Bits per byte with its interval over documents."""
+def change_figure(first: Sequence[float], second: Sequence[float], seed: int) -> Figure:
+    """Losses of one system against another's of the same documents, in percent of the other's, with the interval over documents."""
+    found = paired_bootstrap(np.array(first), np.array(second), np.array(second), seed=seed)
+    return Figure(value=100 * found.value, unit="%", low=100 * found.low, high=100 * found.high, count=len(first))
+
+
+def bits_figure(losses: Sequence[float], sizes: Sequence[float], seed: int) -> Figure:
+    """Bits per byte of losses in nats and of bytes, with the interval over documents."""
     value = math.fsum(losses) / math.log(2) / max(math.fsum(sizes), 1e-12)
     if len(losses) < 2:
         return Figure(value=value, unit="bits per byte", count=len(losses))
@@ -324,9 +333,13 @@ def _score_baseline(
 
 def _overlap(
     read: list[EvalDocument], by_mode: dict[Mode, list[Scored]], base_scored: list[Scored], config: LmConfig, M: int
-) -> Curve:
-    """Equation 5 of the paper: each chunk counts where it overlaps at most so much with its own 10 best neighbors."""
-    chunks, neighbors, sizes = [], [], []
+) -> tuple[Curve, list[dict[str, Any]]]:
+    """Equation 5 of the paper: each chunk counts where it overlaps at most so much with its own 10 best neighbors.
+
+    Returns:
+        The curve, and a table of its values with their intervals and what retrieval on adds to the others.
+    """
+    chunks, neighbors, sizes, keys = [], [], [], []
     losses: dict[str, list[float]] = {f"retrieval {mode}": [] for mode in by_mode}
     if base_scored:
         losses["baseline"] = []
@@ -335,22 +348,41 @@ def _overlap(
             chunks.append(document.ids[max(chunk * M, 1) : (chunk + 1) * M])
             found = document.neighbors[chunk] if chunk < len(document.neighbors) else ()
             neighbors.append([n.tokens("both")[: config.neighbor_len] for n in found[:10]])
+            keys.append(document.key)
         sizes += document.chunk_bytes.tolist()
         for mode, scored in by_mode.items():
             losses[f"retrieval {mode}"] += chunk_sums(scored[number].loss_n, M).tolist()
         if base_scored:
             losses["baseline"] += chunk_sums(base_scored[number].loss_n, M).tolist()
-    overlaps_N = chunk_overlaps(chunks, neighbors)
-    series = {
-        name: tuple(overlap_curve(np.array(values), np.array(sizes), overlaps_N, THRESHOLDS))
-        for name, values in losses.items()
-    }
-    return Curve(
+    loss_N = {name: np.array(values) for name, values in losses.items()}
+    bytes_N, overlap_N = np.array(sizes), chunk_overlaps(chunks, neighbors)
+    series = {name: overlap_curve(values, bytes_N, overlap_N, THRESHOLDS) for name, values in loss_N.items()}
+    curve = Curve(
         x_label="longest run of tokens in common, share of the chunk",
         y_label="bits per byte",
         x=THRESHOLDS,
         series=series,
     )
+    if len(read) < 2:
+        return curve, []
+    rows: list[dict[str, Any]] = [
+        {"allowed overlap": allowed, "chunks": int((overlap_N <= np.float32(allowed)).sum())} for allowed in THRESHOLDS
+    ]
+    for name, values in loss_N.items():
+        ends = overlap_intervals(values, bytes_N, overlap_N, keys, THRESHOLDS, seed=config.seed)
+        for row, value, pair in zip(rows, series[name], ends, strict=True):
+            row |= {name: value, f"{name}, from": pair and pair[0], f"{name}, to": pair and pair[1]}
+    for other in ("retrieval off", "baseline"):
+        if "retrieval on" not in loss_N or other not in loss_N:
+            continue
+        found_T = overlap_differences(
+            loss_N["retrieval on"], loss_N[other], bytes_N, overlap_N, keys, THRESHOLDS, seed=config.seed
+        )
+        for row, difference in zip(rows, found_T, strict=True):
+            name = f"on less {other}"
+            ends_of = (None, None, None) if difference is None else (difference.value, difference.low, difference.high)
+            row |= dict(zip((name, f"{name}, from", f"{name}, to"), ends_of, strict=True))
+    return curve, rows
 
 
 def _notes(config: LmConfig, read: list[EvalDocument]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from eval.metrics import answer_recall, bootstrap_mean, first_with_answer, paire
 from eval.records import Curve, Figure, Record
 from index_builder.build import open_vectors
 from index_builder.search import METHODS, IndexRetriever, Method
+from index_builder.shards import Progress
 from retro.errors import ConfigError
 from retro.generate import Retriever
 
@@ -96,7 +97,7 @@ def measure_retrieval(
     exact: bool = False,
     limit: int | None = None,
     seed: int = 0,
-    progress: Callable[[str, int, int | None], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Record, dict[str, list[Any]]]:
     """Measures what the retrievers of an index find: the answers, or the relevant documents (a document ranks where its best chunk
     does, and one that bears the query's own id is left out, as BEIR does); and how much of exact search its vectors' index finds.
@@ -175,9 +176,7 @@ def measure_retrieval(
 class _Bench:
     """One state of an index, and what is looked up in it."""
 
-    def __init__(
-        self, retriever: IndexRetriever, seed: int, progress: Callable[[str, int, int | None], None] | None
-    ) -> None:
+    def __init__(self, retriever: IndexRetriever, seed: int, progress: Progress | None) -> None:
         self._retriever, self._seed, self._progress = retriever, seed, progress
         self._snapshot = retriever.snapshot()
         self._keep_N = self._snapshot.rows_where(retriever.where)

@@ -1,44 +1,17 @@
 """`retro eval lm` on a trained model, its baseline and a model of Hugging Face."""
 
-import contextlib
-import io
 import json
 import math
-import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from commands import command, done, refused
 
 from eval.records import read_records, read_units
-from retro.cli import main
 
 SMALL = ["steps=4", "seq_len=128", "batch_size=2", "micro_batch_size=2", "log_every=2", "eval_every=4", "save_every=4"]
 SIZES = ["dim=16", "encoder_dim=16", "num_heads=2", "head_dim=8", "ffw_dim=32", "encoder_heads=2", "encoder_head_dim=8"]
-
-
-class Outcome(NamedTuple):
-    code: Any
-    out: str
-    err: str
-
-
-def command(*arguments: object) -> Outcome:
-    out, err = io.StringIO(), io.StringIO()
-    code: Any = 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["retro", *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-    return Outcome(code, out.getvalue(), err.getvalue())
-
-
-def done(*arguments: object) -> Outcome:
-    outcome = command(*arguments)
-    assert outcome.code == 0, outcome
-    return outcome
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +69,17 @@ def test_a_model_is_measured_with_retrieval_on_off_shuffled_and_beside_its_basel
     }
     assert curve["series"]["retrieval on"][-1] == pytest.approx(bits["bits per byte, retrieval on"], rel=1e-9)
     assert curve["series"]["baseline"][-1] == pytest.approx(bits["bits per byte, baseline"], rel=1e-9)
+    table = record["rows"]["Allowed overlap of a chunk and its neighbors"]
+    assert [row["retrieval on"] for row in table] == curve["series"]["retrieval on"]
+    assert [row["chunks"] for row in table] == sorted(row["chunks"] for row in table)
+    whole = table[-1]
+    interval = record["figures"]["bits per byte, retrieval on"]
+    ends = [whole["retrieval on, from"], whole["retrieval on, to"]]
+    assert ends == pytest.approx([interval["low"], interval["high"]], rel=1e-9)
+    for other, name in (("retrieval off", "retrieval off"), ("baseline", "baseline")):
+        difference = whole["retrieval on"] - bits[f"bits per byte, {name}"]
+        assert whole[f"on less {other}"] == pytest.approx(difference, abs=1e-9)
+        assert whole[f"on less {other}, from"] <= difference <= whole[f"on less {other}, to"]
     sweep = record["curves"]["Number of neighbors"]
     assert sweep["x"] == [1, 2, 4]
     assert sweep["series"]["retrieval on"][1] == bits["bits per byte, retrieval on"]
@@ -123,14 +107,6 @@ def test_last_words_are_counted(made: Path, tmp_path: Path) -> None:
     options = ["--modes", "off", "--last-words", passages, "--json"]
     record = json.loads(done("eval", "lm", made / "retro.model", made / "test.jsonl", *options).out)
     assert record["figures"]["last words found"]["count"] == 2
-
-
-def refused(outcome: Outcome, *parts: str) -> None:
-    assert outcome.code == 1, outcome
-    assert outcome.out == ""
-    assert len(outcome.err.splitlines()) == 1, outcome.err
-    for part in parts:
-        assert part in outcome.err
 
 
 def test_what_cannot_be_measured_is_refused(made: Path, tmp_path: Path) -> None:
