@@ -28,6 +28,7 @@ from retro.terminal import (
     passage_json,
     print_json,
     print_passages,
+    print_report,
     resolve_devices,
 )
 
@@ -129,7 +130,7 @@ def index_build(
 
         with bars() as progress:
             plan = measure_build(corpora, out, config, device=devices, progress=progress)
-        _show_report(plan.report(), as_json)
+        print_report(plan.report(), as_json)
         return
     if ray_address is not None:
         if shard is not None:
@@ -404,7 +405,7 @@ def plan_index_command(
         recall=recall,
         lexical=lexical,
     )
-    _show_report(plan.report(), as_json)
+    print_report(plan.report(), as_json)
 
 
 # --- tokenizer, data ----------------------------------------------------------------------------------------------
@@ -591,22 +592,10 @@ def _show_index(folder: Path, manifest: dict[str, Any], as_json: bool) -> None:
         "bm25": "off" if lexical is None else lexical["language"],
         "bytes": sum(record["bytes"] for record in manifest["files"].values()),
     }
-    _show_report(report, as_json)
+    print_report(report, as_json)
 
 
 def _removed_rows(folder: Path, manifest: dict[str, Any]) -> int:
     from retro.chunks import load_array
 
     return len(load_array(folder / manifest["removed"]))
-
-
-def _show_report(report: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(report)
-        return
-    for key, value in report.items():
-        entries = value.items() if isinstance(value, dict) else [(key, value)]
-        for name, entry in entries:
-            number = isinstance(entry, int) and not isinstance(entry, bool)
-            text = f"{entry:,}" if number else f"{entry:,.4g}" if isinstance(entry, float) else str(entry)
-            typer.echo(f"{name.replace('_', ' '):22}{text}")

@@ -28,6 +28,7 @@ from index_builder.sample import CorpusSize, LexicalSample, Rate, Sample
 from index_builder.shards import Progress
 from retro.artifact import MANIFEST, UNFINISHED, differing, read_json, storage_error
 from retro.errors import ConfigError, MismatchError
+from retro.plan import format_bytes
 from retro.tokenizer import Tokenizer
 
 KMEANS_ROUNDS = 10
@@ -272,15 +273,6 @@ def _refuse_beyond(needed: float, there: float | None, what: str, advice: str) -
             f"{what} takes {format_bytes(needed)}, {format_bytes(there)} are there: {format_bytes(needed - there)} are "
             f"missing. {advice}"
         )
-
-
-def format_bytes(size: float) -> str:
-    """As in 1.25 GiB."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:,.0f} bytes" if unit == "bytes" else f"{size:,.2f} {unit}"
-        size /= 1024
-    return f"{size:,.2f} TiB"
 
 
 # --- a corpus that is not there -------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from eval.cli import eval_app
-from index_builder.cli import _show_report as show_report
 from index_builder.cli import data, index_app, plan_app, tokenizer_app
 from retro.errors import ConfigError, RetroError
 from retro.terminal import (
@@ -27,6 +26,7 @@ from retro.terminal import (
     passage_json,
     print_json,
     print_passages,
+    print_report,
     resolve_devices,
     train_bar,
 )
@@ -70,7 +70,7 @@ def plan_train(
     from retro.plan import plan_training
 
     plan = plan_training(flops=flops, hours=hours, gpu=gpu, gpus=gpus, utilization=utilization, preset=preset)
-    show_report(plan.report(), as_json)
+    print_report(plan.report(), as_json)
 
 
 # --- train, generate, ask -----------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def train(
             return
         with train_bar() as progress:
             report = measure_training(run, overwrite=overwrite, progress=progress).report()
-        show_report(report, as_json)
+        print_report(report, as_json)
         return
     if corpus:
         _make_training_data(run, corpus, index, tokenizer)

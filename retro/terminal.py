@@ -77,6 +77,19 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def print_report(report: dict[str, Any], as_json: bool) -> None:
+    """Names and values, a line each."""
+    if as_json:
+        print_json(report)
+        return
+    for key, value in report.items():
+        entries = value.items() if isinstance(value, dict) else [(key, value)]
+        for name, entry in entries:
+            number = isinstance(entry, int) and not isinstance(entry, bool)
+            text = f"{entry:,}" if number else f"{entry:,.4g}" if isinstance(entry, float) else str(entry)
+            typer.echo(f"{name.replace('_', ' '):22}{text}")
+
+
 def passage_json(passage: Any) -> dict[str, Any]:
     return {
         "score": passage.score,

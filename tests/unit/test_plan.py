@@ -29,11 +29,11 @@ from index_builder.plan import (
     BuildPlan,
     IndexWork,
     encode_flop,
-    format_bytes,
     measure_build,
     plan_corpus,
 )
 from retro.errors import ConfigError, CorpusError, MismatchError
+from retro.plan import format_bytes
 
 ALL = 10**9
 """More documents than any corpus here has: the time is no limit then."""
