@@ -4,7 +4,7 @@ Neighbor number u begins with the two tokens (u // BASE + 2, u % BASE + 2), so t
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from retro import artifact
-from retro.chunks import SPLITS, TrainingArrays, TrainingData, save_array
+from retro.chunks import SPLITS, Document, Passage, TrainingArrays, TrainingData, save_array
 from retro.config import ModelConfig, RunConfig, TrainConfig
+from retro.generate import Role
 from retro.tokenizer import Tokenizer
 
 CHUNK_LEN = 8
@@ -191,3 +192,30 @@ def toy_run(data: Path, out: Path, *, model: dict[str, Any] | None = None, **cha
         "precision": "float32",
     }
     return RunConfig(model=toy_model_config(**(model or {})), train=TrainConfig(**(values | changes)))
+
+
+class Library:
+    """A retriever whose passages follow from the query and the number wanted."""
+
+    def __init__(self, passages: Callable[[str, int], list[Passage]]) -> None:
+        self.queries: list[str] = []
+        self._passages = passages
+
+    def retrieve(
+        self,
+        queries: Sequence[str],
+        k: int,
+        *,
+        role: Role = "document",
+        exclude: Sequence[Collection[str]] | None = None,
+        where: str | None = None,
+    ) -> list[list[Passage]]:
+        assert (role, exclude, where) == ("document", None, None)
+        self.queries += queries
+        return [self._passages(query, k) for query in queries]
+
+
+def plain_document(number: int, text: str) -> Document:
+    """A document with nothing but a key, a group and a text."""
+    made: dict[str, Any] = dict.fromkeys(("title", "url", "split", "source"), "")
+    return Document(key=f"k{number}", text=text, group=f"g{number}", metadata="{}", content_hash=text, **made)

@@ -9,21 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import typer
+from commands import Outcome
 
 from retro.chunks import TrainingData
-
-
-class Outcome(NamedTuple):
-    """As of the fixture `retro`."""
-
-    code: int
-    out: str
-    err: str
-
 
 Run = Callable[..., Outcome]
 

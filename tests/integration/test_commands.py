@@ -1,8 +1,6 @@
 """The commands end to end: from paragraphs to a model that continues texts and answers, and the examples in the help."""
 
-import contextlib
 import importlib.metadata
-import io
 import json
 import re
 import shlex
@@ -10,13 +8,13 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import builders
 import pytest
+from commands import Outcome, command, done, refused
 
 from retro.chunks import TrainingData
-from retro.cli import main
 
 one_thread = pytest.fixture(autouse=True)(builders.one_thread)
 
@@ -43,34 +41,7 @@ SMALL = [
 QUESTION = "When did the 1973 oil crisis begin?"
 
 
-class Outcome(NamedTuple):
-    """As of the fixture `retro`."""
-
-    code: int
-    out: str
-    err: str
-
-
 Run = Callable[..., Outcome]
-
-
-def command(*arguments: object) -> Outcome:
-    """Runs `retro` through its entry point; the fixture `retro` is for single tests, this for what they share."""
-    out, err = io.StringIO(), io.StringIO()
-    code: Any = 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["retro", *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-    return Outcome(code, out.getvalue(), err.getvalue())
-
-
-def done(*arguments: object) -> Outcome:
-    outcome = command(*arguments)
-    assert outcome.code == 0, outcome
-    return outcome
 
 
 def options(settings: list[str]) -> list[str]:
@@ -102,16 +73,6 @@ def training(folder: Path, out: str = "wiki.model") -> list[object]:
 
 def model_and_index(folder: Path) -> list[object]:
     return ["--model", folder / "wiki.model", "--index", folder / "wiki.index"]
-
-
-def refused(outcome: Outcome, *parts: str) -> None:
-    assert outcome.code == 1, outcome
-    assert outcome.out == ""
-    lines = outcome.err.splitlines()
-    assert len(lines) == 1, outcome.err
-    assert lines[0].startswith("Error: ")
-    for part in parts:
-        assert part in lines[0], lines[0]
 
 
 # End to end

@@ -8,7 +8,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import builders
 import pytest
 import torch
 import transformers
-from builders import toy_model_config, toy_tokenizer
+from builders import Library, toy_model_config, toy_tokenizer
 from torch import Tensor
 
 from index_builder.search import IndexRetriever
@@ -25,7 +25,7 @@ from retro.checkpoint import load_model, save_model
 from retro.chunks import Passage
 from retro.config import BaseConfig
 from retro.errors import ConfigError, DependencyError, FormatError, MismatchError
-from retro.generate import Role, neighbor_tensors
+from retro.generate import neighbor_tensors
 from retro.model import Retro
 from retro.retrofit import model_config, retrofit
 from retro.tokenizer import Tokenizer
@@ -58,26 +58,6 @@ PROMPTS = [
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     yield from builders.one_thread()
-
-
-class Library:
-    """A retriever whose passages are chosen by a hash of the query: none, some, or k of them."""
-
-    def __init__(self) -> None:
-        self.queries: list[str] = []
-
-    def retrieve(
-        self,
-        queries: Sequence[str],
-        k: int,
-        *,
-        role: Role = "document",
-        exclude: Sequence[Collection[str]] | None = None,
-        where: str | None = None,
-    ) -> list[list[Passage]]:
-        assert (role, exclude, where) == ("document", None, None)
-        self.queries += queries
-        return [passages(query, k) for query in queries]
 
 
 def passages(query: str, k: int) -> list[Passage]:
@@ -349,7 +329,7 @@ def test_every_request_gets_what_it_gets_alone(
     folders: Path, tasks: dict[str, dict[str, Any]], name: str, batch_size: int
 ) -> None:
     """Also in batches with requests of other lengths; and nothing is looked up but finished chunks that were read."""
-    folder, library = folders / f"{name}.model", Library()
+    folder, library = folders / f"{name}.model", Library(passages)
     results = measured("retro", {"pretrained": str(folder), "retriever": library}, tasks, batch_size)
     expected, scoring, answering = alone(folder)
     same(results, expected, rel=1e-5)
@@ -387,7 +367,7 @@ def test_lm_eval_knows_our_models_and_still_its_own() -> None:
 
 @needs_lm_eval
 def test_defaults_are_those_of_the_model(folders: Path) -> None:
-    library = Library()
+    library = Library(passages)
     model = opened(folders / "own.model", retriever=library)
     info = model.get_model_info()
     assert (info["retrieval"]["k"], info["retrieval"]["neighbor_len"]) == (K, R)
@@ -445,14 +425,14 @@ def test_another_tokenizer_is_a_mismatch(folders: Path, tmp_path: Path, name: st
 @needs_lm_eval
 @pytest.mark.parametrize("continuation", ["", "x" * (LONGEST + 1)])
 def test_a_continuation_that_no_window_holds_is_refused(folders: Path, continuation: str) -> None:
-    model = opened(folders / "own.model", retriever=Library())
+    model = opened(folders / "own.model", retriever=Library(passages))
     with pytest.raises(ConfigError, match=f"{len(continuation)} tokens cannot be scored: it must have 1 to 48"):
         model.loglikelihood([request("loglikelihood", "A context", continuation)], disable_tqdm=True)
 
 
 @needs_lm_eval
 def test_nothing_is_scored_where_there_is_nothing(folders: Path) -> None:
-    model = opened(folders / "own.model", retriever=Library())
+    model = opened(folders / "own.model", retriever=Library(passages))
     assert model.loglikelihood([], disable_tqdm=True) == []
     assert model.loglikelihood_rolling([request("loglikelihood_rolling", "")], disable_tqdm=True) == [0.0]
 

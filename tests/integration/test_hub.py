@@ -7,7 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -18,7 +18,7 @@ import pytest
 import safetensors.torch
 import tokenizers
 import torch
-from builders import toy_model_config, toy_tokenizer
+from builders import Library, toy_model_config, toy_tokenizer
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 from transformers import (
@@ -35,7 +35,7 @@ from retro.checkpoint import load_model, save_model
 from retro.chunks import Passage
 from retro.config import GenerateConfig
 from retro.errors import ConfigError, FormatError, MismatchError
-from retro.generate import Prompt, Role, generate, neighbor_tensors, prompt_ids
+from retro.generate import Prompt, generate, neighbor_tensors, prompt_ids
 from retro.hub import RetroCache, RetroConfig, RetroForCausalLM
 from retro.model import Retro
 from retro.tokenizer import Tokenizer
@@ -43,26 +43,6 @@ from retro.tokenizer import Tokenizer
 M, R, K = 5, 7, 2
 TEXTS = ["the cat sat on the mat", "a", "when the rain comes, the cat and the dog go", "red lines"]
 one_thread = pytest.fixture(autouse=True)(builders.one_thread)
-
-
-class Library:
-    """A retriever whose passages are chosen by a hash of the query: none, some, or k of them."""
-
-    def __init__(self) -> None:
-        self.queries: list[str] = []
-
-    def retrieve(
-        self,
-        queries: Sequence[str],
-        k: int,
-        *,
-        role: Role = "document",
-        exclude: Sequence[Collection[str]] | None = None,
-        where: str | None = None,
-    ) -> list[list[Passage]]:
-        assert (role, exclude, where) == ("document", None, None)
-        self.queries += queries
-        return [passages(query, k) for query in queries]
 
 
 def passages(query: str, k: int) -> list[Passage]:
@@ -113,7 +93,7 @@ def hub_model(seed: int = 0, dtype: torch.dtype = torch.float32, *, k: int = K, 
     model.model.load_state_dict(own.state_dict())
     model.tokenizer = tokenizer
     if own.config.cca_layers:
-        model.set_retriever(Library())
+        model.set_retriever(Library(passages))
     assert isinstance(model, RetroForCausalLM)
     return model
 
@@ -216,7 +196,7 @@ def test_other_tokenizers_keep_what_they_do_after_encoding(tmp_path: Path) -> No
 
 def test_changed_settings_are_kept_where_a_model_is_saved(tmp_path: Path) -> None:
     model = hub_model()
-    model.set_retriever(Library(), k=1)
+    model.set_retriever(Library(passages), k=1)
     model.generation_config.max_new_tokens = 33
     model.save_pretrained(tmp_path)
     again = RetroForCausalLM.from_pretrained(tmp_path)
@@ -251,7 +231,7 @@ def test_a_model_without_tokenizer_can_be_saved_and_opened(tmp_path: Path, caplo
     again = RetroForCausalLM.from_pretrained(tmp_path)
     assert_same_weights(again.model, model.model)
     with pytest.raises(ConfigError, match="does not know its tokenizer"):
-        again.set_retriever(Library())
+        again.set_retriever(Library(passages))
 
 
 def test_damaged_and_mixed_folders_are_refused(tmp_path: Path) -> None:
@@ -378,7 +358,7 @@ def test_the_tokenizer_of_a_model_encodes_as_we_do(tmp_path: Path) -> None:
 def greedy(seed: int, k: int, steps: int = 3 * M + 3) -> list[list[int]]:
     """Of our own generation."""
     config = GenerateConfig(max_new_tokens=steps, num_neighbors=k, neighbor_len=R)
-    results = generate(random_model(seed), toy_tokenizer(), TEXTS, config, retriever=Library())
+    results = generate(random_model(seed), toy_tokenizer(), TEXTS, config, retriever=Library(passages))
     return [result.ids for result in results]
 
 
@@ -415,7 +395,9 @@ def test_without_a_prompt_generation_begins_with_bos() -> None:
     model = hub_model(1)
     out = model.generate(max_new_tokens=2 * M, do_sample=False)
     config = GenerateConfig(max_new_tokens=2 * M, num_neighbors=K, neighbor_len=R)
-    own = generate(random_model(1), toy_tokenizer(), [Prompt([toy_tokenizer().bos_id])], config, retriever=Library())
+    own = generate(
+        random_model(1), toy_tokenizer(), [Prompt([toy_tokenizer().bos_id])], config, retriever=Library(passages)
+    )
     assert out[0].tolist() == [toy_tokenizer().bos_id, *own[0].ids]
 
 
@@ -786,11 +768,11 @@ def test_what_cannot_work_is_said() -> None:
     with pytest.raises(ConfigError, match="neighbors have the shape"):
         model(ids, neighbors=torch.zeros(1, 2, 3, dtype=torch.long))
     with pytest.raises(ConfigError, match="without retrieval"):
-        hub_model(cca_layers=()).set_retriever(Library())
+        hub_model(cca_layers=()).set_retriever(Library(passages))
     with pytest.raises(ConfigError, match="without retrieval"):
         hub_model(cca_layers=())(ids, neighbors=torch.zeros(1, 1, 1, 1, dtype=torch.long))
     with pytest.raises(ConfigError, match="k = -1"):
-        model.set_retriever(Library(), k=-1)
+        model.set_retriever(Library(passages), k=-1)
     with pytest.raises(ConfigError, match="table of its own"):
         model.resize_token_embeddings(300)
     with pytest.raises(ValueError, match="not used by the model"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Outcome
+from commands import Outcome
 from sample_records import hostile_record, lm_record, write_sample_report
 
 from eval.records import Curve, Figure, Record, write_record

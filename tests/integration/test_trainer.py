@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from builders import one_thread, random_training_data, toy_run
-from conftest import Outcome
+from commands import Outcome
 from torch.testing import assert_close
 
 from index_builder.config import DataConfig

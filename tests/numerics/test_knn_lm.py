@@ -8,7 +8,7 @@ import builders
 import numpy as np
 import pytest
 import torch
-from builders import toy_model_config
+from builders import plain_document, toy_model_config
 
 from eval.knn_lm import Datastore, KnnConfig, build_datastore, measure_knn_lm, mixed_losses
 from eval.language_modeling import Window, read_eval_documents, score
@@ -30,20 +30,7 @@ one_thread = pytest.fixture(autouse=True)(builders.one_thread)
 
 
 def documents(texts: list[str]) -> list[Document]:
-    return [
-        Document(
-            key=f"k{number}",
-            text=text,
-            title="",
-            url="",
-            group=f"g{number}",
-            split="",
-            metadata="{}",
-            content_hash=text,
-            source="",
-        )
-        for number, text in enumerate(texts)
-    ]
+    return [plain_document(number, text) for number, text in enumerate(texts)]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import builders
 import numpy as np
 import pytest
 import torch
-from builders import toy_model_config
+from builders import plain_document, toy_model_config
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from eval.language_modeling import (
@@ -29,7 +29,7 @@ from eval.language_modeling import (
     read_eval_documents,
     score,
 )
-from retro.chunks import Document, Passage
+from retro.chunks import Passage
 from retro.errors import ConfigError
 from retro.generate import Role
 from retro.model import Retro
@@ -47,20 +47,6 @@ one_thread = pytest.fixture(autouse=True)(builders.one_thread)
 
 def tokenizer() -> Tokenizer:
     return Tokenizer.train(TEXTS * 3, 300)
-
-
-def document(number: int, text: str) -> Document:
-    return Document(
-        key=f"k{number}",
-        text=text,
-        title="",
-        url="",
-        group=f"g{number}",
-        split="",
-        metadata="{}",
-        content_hash="",
-        source="",
-    )
 
 
 class Library:
@@ -106,7 +92,7 @@ def random_model(dtype: torch.dtype = torch.float64, **changes: object) -> Retro
 
 
 def read(num_neighbors: int = 3) -> list[EvalDocument]:
-    documents = [document(number, text) for number, text in enumerate(TEXTS)]
+    documents = [plain_document(number, text) for number, text in enumerate(TEXTS)]
     return read_eval_documents(documents, tokenizer(), M, retriever=Library(), num_neighbors=num_neighbors)
 
 
@@ -202,7 +188,7 @@ def test_shuffled_neighbors_are_those_of_other_documents_and_as_many() -> None:
 
 
 def test_the_own_group_is_excluded_unless_asked_for() -> None:
-    documents = [document(number, text) for number, text in enumerate(TEXTS)]
+    documents = [plain_document(number, text) for number, text in enumerate(TEXTS)]
     for exclude_own in (True, False):
         library = Library()
         read_eval_documents(documents, tokenizer(), M, retriever=library, num_neighbors=2, exclude_own=exclude_own)
@@ -219,7 +205,7 @@ def test_a_gpt2_of_transformers_has_the_bits_that_its_own_loss_says(window: Wind
     base.eval()
     text = " ".join(TEXTS * 6)
     documents = read_eval_documents(
-        [document(0, text), document(1, TEXTS[1])], tokenizer(), 64, retriever=None, num_neighbors=0
+        [plain_document(0, text), plain_document(1, TEXTS[1])], tokenizer(), 64, retriever=None, num_neighbors=0
     )
     scored = score(Foreign(base), documents, mode="off", window=window)
     total = 0.0
@@ -261,7 +247,7 @@ def test_sums_of_chunks_by_hand() -> None:
 
 def test_a_document_without_text_is_left_out_and_none_at_all_is_refused() -> None:
     words = tokenizer()
-    documents = [document(0, " \n"), document(1, "x")]
+    documents = [plain_document(0, " \n"), plain_document(1, "x")]
     assert [d.key for d in read_eval_documents(documents, words, M, retriever=None, num_neighbors=0)] == ["k1"]
     with pytest.raises(ConfigError, match="no document with a text"):
         read_eval_documents(documents[:1], words, M, retriever=None, num_neighbors=0)
