@@ -1,16 +1,13 @@
 """A question and passages become a prompt; the model's continuation becomes an answer with its sources."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from retro.chunks import Passage
 from retro.config import GenerateConfig
-from retro.data import Batch
 from retro.errors import ConfigError
-from retro.generate import Generation, Prompt, Retriever, generate, neighbor_tensors, prompt_ids
+from retro.generate import Generation, Prompt, Retriever, generate, prompt_ids
 from retro.model import Retro
 from retro.tokenizer import Tokenizer
 
@@ -93,63 +90,3 @@ def ask(
         passages=passages,
         generation=generation,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class QuestionItem:
-    """A question to train or to score on."""
-
-    question: str
-    answer: str
-    sources: Sequence[str]
-    """What the neighbor encoder reads, see `source_text`; empty means closed book."""
-
-
-def question_batch(
-    items: Sequence[QuestionItem], tokenizer: Tokenizer, chunk_len: int, *, neighbor_len: int = NEIGHBOR_LEN
-) -> Batch:
-    """Prompts with their answers on the grid: loss on the answer and EOS only.
-
-    Raises:
-        ConfigError: There is no item.
-    """
-    if not items:
-        raise ConfigError("there is no question")
-    M = chunk_len
-    rows = [
-        (prompt_ids(question_prompt(i.question), tokenizer), tokenizer.encode(" " + i.answer.strip()).ids.tolist())
-        for i in items
-    ]
-    chunks = [-(-len(prompt) // M) for prompt, _ in rows]
-    T = M * max(c + -(-len(answer) // M) for c, (_, answer) in zip(chunks, rows, strict=True))
-    B = len(items)
-    inputs_BT = torch.zeros(B, T, dtype=torch.long)
-    targets_BT = torch.zeros(B, T, dtype=torch.long)
-    keep_BT = torch.zeros(B, T, dtype=torch.bool)
-    loss_BT = torch.zeros(B, T, dtype=torch.bool)
-    texts: list[list[list[str]]] = [[[] for _ in range(T // M)] for _ in items]
-    for row, (item, (prompt, answer)) in enumerate(zip(items, rows, strict=True)):
-        first, border = chunks[row] * M - len(prompt), chunks[row] * M
-        end = border + len(answer)
-        inputs_BT[row, first:end] = torch.tensor([*prompt, *answer])
-        targets_BT[row, first:end] = torch.tensor([*prompt[1:], *answer, tokenizer.eos_id])
-        keep_BT[row, first:end] = True
-        loss_BT[row, border - 1 : end] = True
-        for chunk in range(chunks[row] - 1, end // M):  # the prompt's last chunk, and whole chunks of the answer
-            texts[row][chunk] = list(item.sources)
-    K = max(1, *(len(item.sources) for item in items)) if items else 1
-    neighbors_BLKR, keep_BLKR = neighbor_tensors(texts, tokenizer, K, neighbor_len)
-    return Batch(
-        inputs_BT=inputs_BT,
-        targets_BT=targets_BT,
-        keep_BT=keep_BT,
-        loss_BT=loss_BT,
-        document_BL=torch.zeros(B, T // M, dtype=torch.long),
-        neighbors_BLKR=neighbors_BLKR,
-        keep_BLKR=keep_BLKR,
-    )
-
-
-def closed_book(items: Sequence[QuestionItem]) -> list[QuestionItem]:
-    """The same questions without sources."""
-    return [replace(item, sources=()) for item in items]

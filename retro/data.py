@@ -55,6 +55,8 @@ class Batch:
     """Token ids of the chunks' neighbors, int64; None: retrieval is off."""
     keep_BLKR: Tensor | None
     """True where a neighbor has a token; all False for a neighbor that is missing."""
+    slot_BT: Tensor | None = None
+    """Slot of each column, int64, where the columns are not the slots of whole chunks."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are there, by name."""

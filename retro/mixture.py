@@ -20,6 +20,32 @@ LONGEST_PERIOD = 1 << 16
 """Weights are exact where their common denominator is at most this, and rounded to multiples of 1 / 65,536 elsewhere."""
 
 
+class Turns:
+    """In which order sequences of several corpora come, so that each has its share."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        """Lays out a period.
+
+        Args:
+            weights: Shares of the corpora, of any sum.
+        """
+        self.period = _whole_shares(weights)
+        """Sequences of each corpus in the smallest stretch after which the turns repeat."""
+        self._turns_P = _turns(self.period)
+        self._before_P = np.zeros_like(self._turns_P)
+        for corpus, share in enumerate(self.period):
+            self._before_P[self._turns_P == corpus] = np.arange(share)
+
+    def turns(self, first_sequence: int, size: int) -> tuple[Int64s, Int64s]:
+        """Corpus of each of some sequences, and its number among those of the corpus, both [B].
+
+        Among the first n sequences each corpus has its share of n, rounded up or down.
+        """
+        rounds_B, place_B = np.divmod(np.arange(first_sequence, first_sequence + size), len(self._turns_P))
+        corpus_B = self._turns_P[place_B]
+        return corpus_B, rounds_B * np.array(self.period)[corpus_B] + self._before_P[place_B]
+
+
 class Mixture:
     """The sequences of several corpora by number, like `Batches`."""
 
@@ -31,37 +57,23 @@ class Mixture:
             weights: Their shares, of any sum; empty: the numbers of their sequences.
         """
         self.parts = list(parts)
-        self.period = _whole_shares(weights or [part.sequences_per_epoch for part in parts])
-        """Sequences of each corpus in the smallest stretch after which the turns repeat."""
-        self._turns_P = _turns(self.period)
-        self._before_P = np.zeros_like(self._turns_P)
-        for corpus, share in enumerate(self.period):
-            self._before_P[self._turns_P == corpus] = np.arange(share)
+        self.order = Turns(weights or [part.sequences_per_epoch for part in parts])
 
     @property
     def shares(self) -> list[float]:
         """Of all sequences, by corpus."""
-        return [share / sum(self.period) for share in self.period]
+        return [share / sum(self.order.period) for share in self.order.period]
 
     @property
     def sequences_per_epoch(self) -> int:
         """Those of all corpora together. With weights, some are read more often than once in as many, others less."""
         return sum(part.sequences_per_epoch for part in self.parts)
 
-    def turns(self, first_sequence: int, size: int) -> tuple[Int64s, Int64s]:
-        """Corpus of each of some sequences, and its number among those of the corpus, both [B].
-
-        Among the first n sequences each corpus has its share of n, rounded up or down.
-        """
-        rounds_B, place_B = np.divmod(np.arange(first_sequence, first_sequence + size), len(self._turns_P))
-        corpus_B = self._turns_P[place_B]
-        return corpus_B, rounds_B * np.array(self.period)[corpus_B] + self._before_P[place_B]
-
     def batch(
         self, first_sequence: int, size: int, *, neighbor_dropout: float = 0.0, neighbors: Retrieval = "on"
     ) -> Batch:
         """As `Batches.batch`. Documents are numbered in their own corpus."""
-        corpus_B, number_B = self.turns(first_sequence, size)
+        corpus_B, number_B = self.order.turns(first_sequence, size)
         made, places = [], []
         for corpus in np.unique(corpus_B).tolist():
             place = np.flatnonzero(corpus_B == corpus)

@@ -17,9 +17,10 @@ import torch
 from eval.attribution import answer_span, attribute, read_answer
 from index_builder.build import build_index
 from index_builder.search import IndexRetriever
-from retro.answer import QuestionItem, ask, closed_book, question_batch, question_prompt, source_text
+from retro.answer import ask, question_prompt, source_text
 from retro.config import GenerateConfig, ModelConfig, TrainConfig
 from retro.model import Retro
+from retro.questions import QuestionItem, closed_book, question_batch
 from retro.tokenizer import Tokenizer
 from retro.train import make_optimizer, train_step
 

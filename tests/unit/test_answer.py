@@ -9,22 +9,14 @@ import torch
 from builders import toy_model_config, toy_tokenizer
 from torch import Tensor
 
-from retro.answer import (
-    Answer,
-    QuestionItem,
-    ask,
-    closed_book,
-    passage_text,
-    question_batch,
-    question_prompt,
-    source_text,
-)
+from retro.answer import Answer, ask, passage_text, question_prompt, source_text
 from retro.chunks import Passage
 from retro.config import GenerateConfig
 from retro.data import Batch
 from retro.errors import ConfigError
 from retro.generate import Role, prompt_ids
 from retro.model import Retro
+from retro.questions import QuestionItem, closed_book, question_batch
 
 M = 16
 R = 24

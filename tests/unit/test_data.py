@@ -360,21 +360,21 @@ def test_after_any_number_of_sequences_each_corpus_has_its_share_to_less_than_on
     weights: list[float], corpora: list[TrainingData]
 ) -> None:
     mixed = Mixture([open_batches(corpora[0])] * len(weights), weights)
-    n = 3 * sum(mixed.period) + 7
-    corpus_N, number_N = mixed.turns(0, n)
+    n = 3 * sum(mixed.order.period) + 7
+    corpus_N, number_N = mixed.order.turns(0, n)
     for corpus, weight in enumerate(weights):
         due_N = weight / sum(weights) * np.arange(1, n + 1)
         assert np.abs(np.cumsum(corpus_N == corpus) - due_N).max() < 1 - 1e-9 or len(weights) == 1
         assert number_N[corpus_N == corpus].tolist() == list(range(int((corpus_N == corpus).sum())))
     far = 10**12 + 3
-    corpus_B, number_B = mixed.turns(far, 50)
+    corpus_B, number_B = mixed.order.turns(far, 50)
     for corpus, number in zip(corpus_B.tolist(), number_B.tolist(), strict=True):
         assert abs(number - weights[corpus] / sum(weights) * far) < 51
 
 
 def test_weights_without_a_short_period_are_rounded(corpora: list[TrainingData]) -> None:
     mixed = mixture(corpora, (0.123456789, 1e-9, 0.7))
-    assert sum(mixed.period) <= LONGEST_PERIOD + 2
+    assert sum(mixed.order.period) <= LONGEST_PERIOD + 2
     assert mixed.shares == pytest.approx([0.123456789 / 0.823456790, 1 / LONGEST_PERIOD, 0.7 / 0.823456790], abs=2e-5)
 
 
@@ -383,7 +383,7 @@ def test_without_weights_every_corpus_is_read_equally_often(corpora: list[Traini
     sizes = [open_batches(data).sequences_per_epoch for data in corpora]
     assert mixed.sequences_per_epoch == sum(sizes)
     for epoch in range(3):
-        corpus_N, _ = mixed.turns(epoch * sum(sizes), sum(sizes))
+        corpus_N, _ = mixed.order.turns(epoch * sum(sizes), sum(sizes))
         assert np.bincount(corpus_N).tolist() == sizes
 
 
@@ -395,7 +395,7 @@ def test_a_mixtures_sequences_are_those_of_its_corpora_in_any_company(
     first, size = 17, 40
     whole = mixed.batch(first, size, neighbor_dropout=0.5, neighbors=neighbors)
     parts = list(whole.split(1))
-    corpus_B, number_B = mixed.turns(first, size)
+    corpus_B, number_B = mixed.order.turns(first, size)
     assert len(set(corpus_B.tolist())) == 3
     assert any(int(number_B[corpus_B == n].max()) > open_batches(corpora[n]).sequences_per_epoch for n in range(3))
     for place, (corpus, number) in enumerate(zip(corpus_B.tolist(), number_B.tolist(), strict=True)):

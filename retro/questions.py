@@ -1,0 +1,553 @@
+"""Questions with their answers and the passages to read: as batches to train on, and as an artifact on disk.
+
+Letters as in model.py; besides, Q questions, C candidates of them all, P passages, A targets.
+
+Question data holds everything tokenized: each question's prompt, its candidate passages, and for each candidate that states the
+answer what the model is to say then, in the passage's own words. Which candidates a question is read with is drawn while training.
+"""
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from retro import artifact
+from retro.answer import NEIGHBOR_LEN, question_prompt, source_text
+from retro.chunks import SPLITS, Int64s, load_array, save_array
+from retro.data import Batch, Retrieval
+from retro.errors import ConfigError, FormatError, MismatchError
+from retro.generate import prompt_ids
+from retro.mixture import Turns
+from retro.tokenizer import Tokenizer
+
+KIND = "question data"
+PROMPT_CHUNKS = 2
+"""Chunks that a prompt may fill; longer ones are left out of question data, and counted."""
+_TOKENIZED_AT_ONCE = 4096
+# The last number of a generator's seed: what it draws.
+_DROPOUT, _CHOICE, _ORDER, _SHUFFLE = 1, 2, 3, 4
+
+
+# --- items --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionItem:
+    """A question to train or to score on."""
+
+    question: str
+    answer: str
+    sources: Sequence[str]
+    """What the neighbor encoder reads, see `retro.answer.source_text`; empty means closed book."""
+
+
+def question_batch(
+    items: Sequence[QuestionItem], tokenizer: Tokenizer, chunk_len: int, *, neighbor_len: int = NEIGHBOR_LEN
+) -> Batch:
+    """Prompts with their answers on the grid: loss on the answer and EOS only.
+
+    Raises:
+        ConfigError: There is no item, or an empty question.
+    """
+    if not items:
+        raise ConfigError("there is no question")
+    rows = [
+        _Row(
+            prompt=prompt_ids(question_prompt(item.question), tokenizer),
+            answer=answer_ids(item.answer, tokenizer),
+            sources=tokenizer.encode_batch(list(item.sources)),
+        )
+        for item in items
+    ]
+    return _packed(rows, tokenizer.eos_id, chunk_len, K=max(1, *(len(r.sources) for r in rows), 1), R=neighbor_len)
+
+
+def closed_book(items: Sequence[QuestionItem]) -> list[QuestionItem]:
+    """The same questions without sources."""
+    return [replace(item, sources=()) for item in items]
+
+
+def answer_ids(answer: str, tokenizer: Tokenizer) -> list[int]:
+    """Tokens of an answer as it follows the prompt, without EOS."""
+    ids: list[int] = tokenizer.encode(" " + answer.strip()).ids.tolist()
+    return ids
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A question in tokens."""
+
+    prompt: Sequence[int] | NDArray[Any]
+    answer: Sequence[int] | NDArray[Any]
+    sources: Sequence[Sequence[int] | NDArray[Any]]
+
+
+def _packed(rows: Sequence[_Row], eos_id: int, M: int, *, K: int, R: int) -> Batch:
+    """Rows on their grids: an answer begins at a chunk border; the chunk before it reads the sources, as do whole ones of it."""
+    chunks_B = [-(-len(row.prompt) // M) for row in rows]
+    B = len(rows)
+    L = max(c + -(-len(row.answer) // M) for c, row in zip(chunks_B, rows, strict=True))
+    T = L * M
+    inputs_BT = np.zeros((B, T), np.int64)
+    targets_BT = np.zeros((B, T), np.int64)
+    keep_BT = np.zeros((B, T), np.bool_)
+    loss_BT = np.zeros((B, T), np.bool_)
+    neighbors_BLKR = np.zeros((B, L, K, R), np.int64)
+    keep_BLKR = np.zeros((B, L, K, R), np.bool_)
+    for b, (row, chunks) in enumerate(zip(rows, chunks_B, strict=True)):
+        border = chunks * M
+        first, end = border - len(row.prompt), border + len(row.answer)
+        inputs_BT[b, first:border] = row.prompt
+        inputs_BT[b, border:end] = row.answer
+        targets_BT[b, first : end - 1] = inputs_BT[b, first + 1 : end]
+        targets_BT[b, end - 1] = eos_id
+        keep_BT[b, first:end] = True
+        loss_BT[b, border - 1 : end] = True
+        reading = slice(chunks - 1, end // M)
+        for k, source in enumerate(row.sources):
+            n = min(len(source), R)
+            neighbors_BLKR[b, reading, k, :n] = source[:n]
+            keep_BLKR[b, reading, k, :n] = True
+    return Batch(
+        inputs_BT=torch.from_numpy(inputs_BT),
+        targets_BT=torch.from_numpy(targets_BT),
+        keep_BT=torch.from_numpy(keep_BT),
+        loss_BT=torch.from_numpy(loss_BT),
+        document_BL=torch.zeros(B, L, dtype=torch.long),
+        neighbors_BLKR=torch.from_numpy(neighbors_BLKR),
+        keep_BLKR=torch.from_numpy(keep_BLKR),
+    )
+
+
+# --- on disk ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuestionArrays:
+    """The arrays of question data, as files of their names."""
+
+    passage_ids: NDArray[Any]
+    """Tokens of all passages, one after the other, titles in front; uint16 where the vocabulary allows, else int32."""
+    passage_starts: Int64s
+    """Where each begins, and the end [P + 1]."""
+    prompt_ids: NDArray[Any]
+    """BOS and the tokens of each question's prompt."""
+    prompt_starts: Int64s
+    """[Q + 1]."""
+    target_ids: NDArray[Any]
+    """Tokens of answers, without EOS."""
+    target_starts: Int64s
+    """[A + 1]."""
+    targets: NDArray[np.int32]
+    """What is to be said where no passage that is read has the answer [Q]."""
+    candidates: NDArray[np.int32]
+    """Passages that may be read [C]."""
+    candidate_targets: NDArray[np.int32]
+    """What is to be said where this one is read [C]; -1: it does not hold the answer."""
+    candidate_starts: Int64s
+    """[Q + 1]."""
+    own: NDArray[np.int32]
+    """The passage that the question was made of [Q], -1 where there is none. It is no candidate."""
+    splits: NDArray[np.uint8]
+    """Index into SPLITS [Q]."""
+    groups: NDArray[np.int32]
+    """Index into the manifest's `groups`: relation, or data set [Q]."""
+
+
+_ARRAYS = tuple(field.name for field in fields(QuestionArrays))
+
+
+class QuestionWriter:
+    """Makes question data; nothing is there before it is complete."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, *, recipe: dict[str, Any], overwrite: bool = False) -> None:
+        """Begins.
+
+        Args:
+            folder: To make, `NAME.questions` by habit.
+            tokenizer: The model's.
+            recipe: Plain data: all that determines the content.
+            overwrite: Start again whatever is there.
+
+        Raises:
+            ConfigError: Something else is there, made differently.
+        """
+        self.folder, self.tokenizer = folder, tokenizer
+        self._recipe = {**recipe, "tokenizer": tokenizer.fingerprint}
+        self.finished = artifact.begin(folder, KIND, self._recipe, overwrite=overwrite)
+        """It is there already, by the same recipe: nothing is to be added."""
+        code = "H" if tokenizer.vocab_size <= 1 << 16 else "i"
+        self._ids = {name: array(code) for name in ("passage_ids", "prompt_ids", "target_ids")}
+        self._starts = {
+            name: array("q", [0]) for name in ("passage_starts", "prompt_starts", "target_starts", "candidate_starts")
+        }
+        self._numbers = {name: array("i") for name in ("targets", "candidates", "candidate_targets", "own", "groups")}
+        self._splits = array("B")
+        self._groups: dict[str, int] = {}
+        self._waiting: list[str] = []
+        self._passages = 0
+        self.too_long = 0
+        """Questions left out because their prompts fill more than `PROMPT_CHUNKS` chunks of 64 tokens."""
+
+    def __enter__(self) -> "QuestionWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and not self.finished:
+            self.complete()
+
+    def __len__(self) -> int:
+        """Questions so far."""
+        return len(self._splits)
+
+    def passage(self, title: str | None, text: str) -> int:
+        """Adds a passage; returns its number."""
+        self._waiting.append(source_text(title or "", text))
+        if len(self._waiting) == _TOKENIZED_AT_ONCE:
+            self._flush()
+        self._passages += 1
+        return self._passages - 1
+
+    def add(
+        self,
+        *,
+        question: str,
+        answer: str,
+        candidates: Iterable[tuple[int, str | None]],
+        split: str,
+        group: str = "",
+        own: int | None = None,
+    ) -> bool:
+        """Adds a question; returns False for one that is left out, its prompt being too long.
+
+        Args:
+            question: Not empty.
+            answer: What is to be said where no passage that is read has an answer.
+            candidates: Passages that may be read, best first, each with what is to be said when it is (in its own words), None
+                where it does not hold the answer.
+            split: train, valid or test.
+            group: Relation or data set.
+            own: The passage that the question was made of.
+        """
+        prompt = prompt_ids(question_prompt(question), self.tokenizer)
+        if len(prompt) > PROMPT_CHUNKS * 64:
+            self.too_long += 1
+            return False
+        self._append("prompt", prompt)
+        numbers: dict[str, int] = {}
+
+        def number(text: str) -> int:
+            if text not in numbers:
+                numbers[text] = len(self._starts["target_starts"]) - 1
+                self._append("target", answer_ids(text, self.tokenizer))
+            return numbers[text]
+
+        self._numbers["targets"].append(number(answer))
+        for passage, target in candidates:
+            self._numbers["candidates"].append(passage)
+            self._numbers["candidate_targets"].append(-1 if target is None else number(target))
+        self._starts["candidate_starts"].append(len(self._numbers["candidates"]))
+        self._numbers["own"].append(-1 if own is None else own)
+        self._numbers["groups"].append(self._groups.setdefault(group, len(self._groups)))
+        self._splits.append(SPLITS.index(split))
+        return True
+
+    def complete(self) -> None:
+        """Writes everything.
+
+        Raises:
+            ConfigError: There is no question.
+        """
+        if not len(self):
+            raise ConfigError(f"there is no question for {self.folder}")
+        self._flush()
+        made: dict[str, NDArray[Any]] = {
+            name: np.frombuffer(values, dtype=values.typecode) if values else np.empty(0, values.typecode)
+            for name, values in {**self._ids, **self._starts, **self._numbers, "splits": self._splits}.items()
+        }
+        for name in _ARRAYS:
+            save_array(self.folder / "arrays" / f"{name}.npy", made[name])
+        self.tokenizer.save(self.folder)
+        artifact.finish(
+            self.folder,
+            KIND,
+            self._recipe,
+            {
+                "tokenizer_fingerprint": self.tokenizer.fingerprint,
+                "groups": list(self._groups),
+                "questions": {name: self._splits.count(number) for number, name in enumerate(SPLITS)},
+                "passages": self._passages,
+                "too_long": self.too_long,
+            },
+        )
+
+    def _flush(self) -> None:
+        for ids in self.tokenizer.encode_batch(self._waiting):
+            self._append("passage", ids)
+        self._waiting = []
+
+    def _append(self, name: str, ids: Sequence[int]) -> None:
+        self._ids[f"{name}_ids"].extend(ids)
+        self._starts[f"{name}_starts"].append(len(self._ids[f"{name}_ids"]))
+
+
+class QuestionData:
+    """Question data, open through memory maps."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens the folder.
+
+        Raises:
+            FormatError: It is missing, unfinished or damaged, or its arrays contradict each other.
+            MismatchError: Its tokenizer is another one than it was made with.
+        """
+        self.folder = folder
+        self.manifest = artifact.read_manifest(folder, KIND)
+        self.tokenizer = Tokenizer.load(str(folder))
+        if self.tokenizer.fingerprint != self.manifest["tokenizer_fingerprint"]:
+            raise MismatchError(f"{folder} holds another tokenizer than it was made with: make it again")
+        self.arrays = QuestionArrays(**{name: load_array(folder / "arrays" / f"{name}.npy") for name in _ARRAYS})
+        Q = len(self.arrays.splits)
+        if not len(self.arrays.candidate_starts) == len(self.arrays.prompt_starts) == Q + 1:
+            raise FormatError(f"{folder} has {Q:,} questions, but not as many prompts or candidates: make it again")
+
+    @property
+    def groups(self) -> list[str]:
+        """Names of the relations or data sets."""
+        return list(self.manifest["groups"])
+
+    def questions(self, split: str) -> Int64s:
+        """Numbers of the questions of one split."""
+        return np.flatnonzero(self.arrays.splits == SPLITS.index(split))
+
+    def prompt(self, question: int) -> NDArray[Any]:
+        """Tokens of a question's prompt, BOS first."""
+        return _part(self.arrays.prompt_ids, self.arrays.prompt_starts, question)
+
+    def target(self, target: int) -> NDArray[Any]:
+        """Tokens of an answer."""
+        return _part(self.arrays.target_ids, self.arrays.target_starts, target)
+
+    def passage(self, passage: int) -> NDArray[Any]:
+        """Tokens of a passage."""
+        return _part(self.arrays.passage_ids, self.arrays.passage_starts, passage)
+
+    def candidates(self, question: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """The passages that a question may be read with, best first, and what is to be said with each (-1: it has no answer)."""
+        few = slice(*self.arrays.candidate_starts[question : question + 2])
+        return self.arrays.candidates[few], self.arrays.candidate_targets[few]
+
+
+def _part(ids: NDArray[Any], starts: Int64s, number: int) -> NDArray[Any]:
+    return ids[starts[number] : starts[number + 1]]
+
+
+def open_questions(folders: Sequence[str]) -> list[QuestionData]:
+    """Opens question data for one training.
+
+    Raises:
+        FormatError: One is missing, unfinished or damaged.
+        MismatchError: They have different tokenizers.
+    """
+    opened = [QuestionData(Path(folder)) for folder in folders]
+    for data in opened[1:]:
+        if data.tokenizer.fingerprint != opened[0].tokenizer.fingerprint:
+            raise MismatchError(
+                f"{opened[0].folder} and {data.folder} have different tokenizers: they cannot train one model; make one of them "
+                "again with the other's tokenizer"
+            )
+    return opened
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How questions are read at some time of the training."""
+
+    num_passages: int
+    """K: passages of a question, fewer where it has not as many candidates."""
+    evidence_share: float = 1.0
+    """Share of the questions of which at least one passage holds the answer, where any candidate does."""
+    own: bool = False
+    """Whether the passage that a question was made of is the evidence, where there is one."""
+
+
+class QuestionBatches:
+    """The questions of one split of question data by number, like `retro.data.Batches`.
+
+    Everything random is a function of the seed, the epoch and the question's place in it.
+    """
+
+    def __init__(
+        self,
+        corpora: Sequence[QuestionData],
+        split: str,
+        *,
+        chunk_len: int,
+        neighbor_len: int,
+        seed: int,
+        weights: Sequence[float] = (),
+        context_passages: int = 0,
+        compact: bool = True,
+        permute: bool = True,
+    ) -> None:
+        """Lays out the split.
+
+        Args:
+            corpora: Question data of one tokenizer.
+            split: train, valid or test.
+            chunk_len: M of the model.
+            neighbor_len: R: longer passages are cut; batches whose passages are all shorter have fewer places.
+            seed: Of the order and of all draws.
+            weights: Shares of the corpora, of any sum; empty: the numbers of their questions.
+            context_passages: So many of the passages, the best first, stand in the decoder's context instead, in front of the
+                question (RETRO++, arXiv:2304.06762).
+            compact: Columns without a token are left out of batches, which then say at which slots their columns stand. False:
+                whole chunks, and neighbors of R places in any case, so that shapes hardly change.
+            permute: False keeps the order in every epoch, for evaluation.
+
+        Raises:
+            ConfigError: The split has no question.
+        """
+        self._corpora = [data for data in corpora if len(data.questions(split))]
+        if not self._corpora:
+            raise ConfigError(
+                f"{', '.join(str(data.folder) for data in corpora)}: there is no question in the split {split!r}"
+            )
+        if weights:
+            weights = [w for data, w in zip(corpora, weights, strict=True) if len(data.questions(split))]
+        self._questions = [data.questions(split) for data in self._corpora]
+        self._turns = Turns(weights or [len(questions) for questions in self._questions])
+        self._eos_id = corpora[0].tokenizer.eos_id
+        self._chunk_len, self.neighbor_len, self._seed = chunk_len, neighbor_len, seed
+        self._context, self._compact, self._permute = context_passages, compact, permute
+        self._orders: dict[tuple[int, int], Int64s] = {}
+
+    @property
+    def sequences_per_epoch(self) -> int:
+        """Questions of all corpora together."""
+        return sum(len(questions) for questions in self._questions)
+
+    def batch(
+        self,
+        first_sequence: int,
+        size: int,
+        reading: Reading,
+        *,
+        neighbor_dropout: float = 0.0,
+        neighbors: Retrieval = "on",
+    ) -> Batch:
+        """Some questions; the same whenever they are asked for with the same reading, in whatever company.
+
+        Args:
+            first_sequence: Number of the first, counted through all epochs.
+            size: B.
+            reading: How many passages, and which.
+            neighbor_dropout: Share of the questions, drawn at random, that are asked without passages (closed book).
+            neighbors: "off": no passages at all. "shuffled": those of the question that lies half an epoch away.
+        """
+        corpus_B, number_B = self._turns.turns(first_sequence, size)
+        rows = [
+            self._row(corpus, number, reading, neighbor_dropout, neighbors)
+            for corpus, number in zip(corpus_B.tolist(), number_B.tolist(), strict=True)
+        ]
+        longest = max((len(source) for row in rows for source in row.sources), default=1)
+        R = min(-(-longest // 16) * 16, self.neighbor_len) if self._compact else self.neighbor_len
+        K = max(1, *(len(row.sources) for row in rows)) if self._compact else reading.num_passages
+        batch = _packed(rows, self._eos_id, self._chunk_len, K=K, R=R)
+        if neighbors == "off":
+            batch = replace(batch, neighbors_BLKR=None, keep_BLKR=None)
+        return compacted(batch) if self._compact else batch
+
+    def _row(self, corpus: int, number: int, reading: Reading, neighbor_dropout: float, neighbors: Retrieval) -> _Row:
+        data = self._corpora[corpus]
+        question, generator = self._placed(corpus, number)
+        passages, target = self._chosen(data, question, reading, generator)
+        if neighbors == "shuffled":
+            elsewhere = number + max(len(self._questions[corpus]) // 2, 1)
+            other, other_generator = self._placed(corpus, elsewhere)
+            passages, _ = self._chosen(data, other, reading, other_generator)
+        dropped = bool(neighbor_dropout) and self._generator(corpus, number, _DROPOUT).random() < neighbor_dropout
+        if dropped or neighbors == "off":
+            passages = []
+            target = int(data.arrays.targets[question])
+        sources = [data.passage(passage) for passage in passages]
+        context = np.concatenate([np.empty(0, np.int64), *sources[: self._context]])
+        prompt = data.prompt(question)
+        return _Row(
+            prompt=np.concatenate([prompt[:1], context, prompt[1:]]) if len(context) else prompt,
+            answer=data.target(target),
+            sources=_in_any_order(sources[self._context :], self._generator(corpus, number, _ORDER)),
+        )
+
+    def _chosen(
+        self, data: QuestionData, question: int, reading: Reading, generator: np.random.Generator
+    ) -> tuple[list[int], int]:
+        """Passages of a question, in the order of its candidates, and what is to be said with them."""
+        passages_C, targets_C = data.candidates(question)
+        holding = np.flatnonzero(targets_C >= 0)
+        other = np.flatnonzero(targets_C < 0)
+        own, K = int(data.arrays.own[question]), reading.num_passages
+        default = int(data.arrays.targets[question])
+        wanted = generator.random() < reading.evidence_share
+        if wanted and own >= 0 and (reading.own or not len(holding)):
+            few = generator.permutation(other)[: K - 1]
+            return [own, *passages_C[np.sort(few)].tolist()], default
+        if not wanted or not len(holding):
+            few = np.sort(generator.permutation(other)[:K])
+            return passages_C[few].tolist(), default
+        first = int(generator.choice(holding))
+        # Distractors come first, so that evidence is one among others; further evidence only fills what they leave.
+        rest = [*generator.permutation(other), *(c for c in generator.permutation(holding) if c != first)]
+        few = np.sort(np.array([first, *rest[: K - 1]]))
+        return passages_C[few].tolist(), int(targets_C[first])
+
+    def _placed(self, corpus: int, number: int) -> tuple[int, np.random.Generator]:
+        """A question, and the generator of its passages."""
+        epoch, place = divmod(number, len(self._questions[corpus]))
+        return int(self._order(corpus, epoch)[place]), self._generator(corpus, number, _CHOICE)
+
+    def _order(self, corpus: int, epoch: int) -> Int64s:
+        questions = self._questions[corpus]
+        if not self._permute:
+            return questions
+        if (corpus, epoch) not in self._orders:
+            self._orders = {
+                key: order for key, order in self._orders.items() if key[0] != corpus or key[1] == epoch - 1
+            }
+            order = np.random.default_rng([self._seed, corpus, epoch]).permutation(len(questions))
+            self._orders[corpus, epoch] = questions[order]
+        return self._orders[corpus, epoch]
+
+    def _generator(self, corpus: int, number: int, purpose: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, corpus, number, purpose])
+
+
+def _in_any_order(sources: Sequence[NDArray[Any]], generator: np.random.Generator) -> list[NDArray[Any]]:
+    return [sources[place] for place in generator.permutation(len(sources))]
+
+
+def compacted(batch: Batch) -> Batch:
+    """The same sequences without the columns that hold no token in any row: each row's tokens stand at its first columns, and
+    `slot_BT` says where on the grid. For rows of one document."""
+    counts_B = batch.keep_BT.sum(dim=1)
+    columns_BT = batch.keep_BT.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(counts_B.max())]
+
+    def taken(x_BT: torch.Tensor) -> torch.Tensor:
+        return x_BT.gather(1, columns_BT)
+
+    return replace(
+        batch,
+        inputs_BT=taken(batch.inputs_BT),
+        targets_BT=taken(batch.targets_BT),
+        keep_BT=taken(batch.keep_BT),
+        loss_BT=taken(batch.loss_BT),
+        slot_BT=columns_BT,
+    )
