@@ -141,6 +141,12 @@ class TrainConfig:
     """Largest norm of the gradient of a step; 0 means no limit."""
     neighbor_dropout: float = 0.1
     """Share of the sequences that train without any neighbor, so that the model works without retrieval too."""
+    copy_share: float = 0.0
+    """Share of the training sequences at the first step in which one neighbor of every chunk is the chunk itself with its true
+    continuation, so that the model learns to copy out of neighbors. The training loss then counts them and is no measure of the
+    model; validation and test never have any."""
+    final_copy_share: float = 0.0
+    """The same share at the last step; linear in between."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 200
@@ -217,6 +223,30 @@ class TrainConfig:
         for name in ("neighbor_dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: give a number of at least 0 and below 1")
+        for name in ("copy_share", "final_copy_share"):
+            share = getattr(self, name)
+            if not 0 <= share <= 1:
+                raise ConfigError(f"{name} = {share}: give a share between 0 and 1")
+            if share + self.neighbor_dropout > 1:
+                raise ConfigError(
+                    f"{name} = {share} and neighbor_dropout = {self.neighbor_dropout}: no sequence is both, so give shares that "
+                    "add up to at most 1"
+                )
+        if self.copies and self.neighbor_part == "chunk":
+            raise ConfigError(
+                "neighbor_part = 'chunk' leaves the continuation out, and copying needs it: set copy_share and "
+                "final_copy_share to 0, or another neighbor_part"
+            )
+
+    @property
+    def copies(self) -> bool:
+        """Whether there are training sequences whose neighbors hold the true continuation."""
+        return self.copy_share > 0 or self.final_copy_share > 0
+
+    def copy_share_at(self, step: int) -> float:
+        """Share of the sequences of a step, counted from 1, whose neighbors hold the true continuation."""
+        done = (step - 1) / max(self.steps - 1, 1)
+        return (1 - done) * self.copy_share + done * self.final_copy_share
 
     @property
     def keeps_best(self) -> bool:
@@ -301,6 +331,14 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     base: BaseConfig | None = None
     """Put retrieval into this pretrained model, instead of training a network of our own."""
+
+    def __post_init__(self) -> None:
+        train, M = self.train, self.model.chunk_len
+        if train.copies and train.neighbor_part == "both" and train.neighbor_len <= M:
+            raise ConfigError(
+                f"neighbor_len = {train.neighbor_len} ends with the {M} tokens of a chunk, and copying needs the continuation: set "
+                f"neighbor_len to {2 * M}, or copy_share and final_copy_share to 0"
+            )
 
 
 def config_from_dict(cls: type[ConfigT], values: dict[str, Any], *, where: str) -> ConfigT:

@@ -30,7 +30,7 @@ Retrieval = Literal["on", "off", "shuffled"]
 Bools = NDArray[np.bool_]
 
 # The last number of a generator's seed: what it draws.
-_DROPOUT, _SHUFFLE = 1, 2
+_DROPOUT, _SHUFFLE, _COPY = 1, 2, 3
 _TRIES = 32
 """Random draws of a chunk with other neighbors, before all chunks are searched for one."""
 _BLOCK = 1 << 14
@@ -171,7 +171,7 @@ class Batches:
             seq_len: T, slots of a sequence.
             num_neighbors: K, the best neighbors that are used; 0 turns retrieval off.
             neighbor_len: R, tokens of a neighbor that are used.
-            seed: Of the documents' order, the dropped and the shuffled neighbors.
+            seed: Of the documents' order, the dropped, the shuffled and the copied neighbors.
             neighbor_part: "chunk" or "continuation" uses that part of the neighbors only; of a continuation, what the data holds.
             permute: False keeps the documents in their order in every epoch, for evaluation.
 
@@ -235,7 +235,13 @@ class Batches:
         return -(-self.chunks_per_epoch * self.data.chunk_len // self.seq_len)
 
     def batch(
-        self, first_sequence: int, size: int, *, neighbor_dropout: float = 0.0, neighbors: Retrieval = "on"
+        self,
+        first_sequence: int,
+        size: int,
+        *,
+        neighbor_dropout: float = 0.0,
+        copy_share: float = 0.0,
+        neighbors: Retrieval = "on",
     ) -> Batch:
         """Some sequences; the same whenever they are asked for, and in whatever company.
 
@@ -243,12 +249,20 @@ class Batches:
             first_sequence: Number of the first, counted through all epochs.
             size: B, how many; they may reach into the next epoch.
             neighbor_dropout: Share of the sequences, drawn at random, that have no neighbors.
+            copy_share: Share of other sequences, in which every chunk that can have neighbors has itself and its true
+                continuation in the place of one of them; those of a smaller share are among those of a larger one. The loss over
+                such a batch says nothing about bits per byte.
             neighbors: "off": none at all. "shuffled": those of a chunk of another document, drawn from the split (from all of
                 the data where the split has none to offer); a neighbor that is missing stays missing.
 
         Raises:
-            ConfigError: There is no chunk of another document with as many neighbors to shuffle with.
+            ConfigError: There is no chunk of another document with as many neighbors to shuffle with, or continuations are asked
+                for in what is held out.
         """
+        if copy_share and self.split != "train":
+            raise ConfigError(
+                f"copy_share = {copy_share} in the split {self.split!r}: only training sequences are copied"
+            )
         sequences_B = np.arange(first_sequence, first_sequence + size)
         document_BL, local_BL = self._placed(sequences_B)
         inputs_BT, targets_BT, keep_BT = self._tokens(document_BL, local_BL)
@@ -256,12 +270,20 @@ class Batches:
         if neighbors != "off" and self.num_neighbors:
             rows_BL = np.where(document_BL >= 0, self.data.chunk_starts[document_BL] + local_BL, -1)
             chosen_BLK = self._chosen(rows_BL)
+            copying = []
             for b, sequence in enumerate(sequences_B.tolist()):
-                if neighbor_dropout and self._generator(sequence, _DROPOUT).random() < neighbor_dropout:
+                # From one end of the range come the sequences without neighbors, from the other those that copy.
+                drawn = self._generator(sequence, _DROPOUT).random()
+                if drawn < neighbor_dropout:
                     chosen_BLK[b] = -1
+                elif drawn >= 1 - copy_share:
+                    copying.append((b, self._generator(sequence, _COPY)))
                 if neighbors == "shuffled":
                     chosen_BLK[b] = self._shuffled(document_BL[b], chosen_BLK[b], self._generator(sequence, _SHUFFLE))
-            neighbors_BLKR, keep_BLKR = map(torch.from_numpy, self._neighbor_tokens(chosen_BLK))
+            found_BLKR, there_BLKR = self._neighbor_tokens(chosen_BLK)
+            for b, generator in copying:
+                self._put_copies(document_BL[b], local_BL[b], found_BLKR[b], there_BLKR[b], generator)
+            neighbors_BLKR, keep_BLKR = torch.from_numpy(found_BLKR), torch.from_numpy(there_BLKR)
         return Batch(
             inputs_BT=torch.from_numpy(inputs_BT),
             targets_BT=torch.from_numpy(targets_BT),
@@ -353,6 +375,39 @@ class Batches:
         neighbors_BLKR[present_BLK] = ids_PR
         neighbors_BLKR[~keep_BLKR] = 0
         return neighbors_BLKR, keep_BLKR
+
+    def _put_copies(
+        self,
+        document_L: Int64s,
+        local_L: Int64s,
+        neighbors_LKR: Int64s,
+        keep_LKR: Bools,
+        generator: np.random.Generator,
+    ) -> None:
+        """Puts the chunks of one sequence, each with what truly follows, into the place of one of their neighbors.
+
+        A copy is the chunk and the next one of the document (the next one alone where only continuations are used), without BOS,
+        cut after R tokens. It begins up to half a chunk earlier or later, because chunks of an index lie on a grid of their own: at
+        a fixed distance the model would learn to count instead of looking for what it has just read. It never goes on beyond the
+        next chunk, whose tokens are those that see it. A chunk that is not finished, or holds no text, cannot have neighbors.
+        """
+        M, R = self.data.chunk_len, self.neighbor_len
+        skipped = M if self._part == "continuation" else 0
+        earlier = max(min(M // 2, (R - M + skipped) // 2), 0)  # half of the room that is left for the continuation
+        slot_L = generator.integers(self.num_neighbors, size=len(document_L))
+        shift_L = generator.integers(-earlier, M // 2 + 1, size=len(document_L))
+        # Places of tokens in their document, as in _tokens; BOS has the first.
+        chunk_L = local_L * M - self._leads[document_L]
+        start_L, length_L = self._starts[document_L], self._starts[document_L + 1] - self._starts[document_L]
+        able_L = (document_L >= 0) & (chunk_L + M > 1) & (chunk_L + M <= length_L)
+        place_LR = np.maximum(chunk_L + skipped + shift_L, 1)[:, None] + np.arange(R)
+        held_LR = able_L[:, None] & (place_LR < np.minimum(chunk_L + 2 * M, length_L)[:, None])
+        for chunk in np.flatnonzero(held_LR.any(axis=1)).tolist():
+            held_R = held_LR[chunk]
+            copy_R = np.zeros(R, np.int64)
+            copy_R[held_R] = self._ids[start_L[chunk] + place_LR[chunk, held_R]]
+            neighbors_LKR[chunk, slot_L[chunk]] = copy_R
+            keep_LKR[chunk, slot_L[chunk]] = held_R
 
     def _shuffled(self, document_L: Int64s, chosen_LK: Int64s, generator: np.random.Generator) -> Int64s:
         """Gives each chunk of a sequence the neighbors of a chunk of another document that has all those it has.

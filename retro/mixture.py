@@ -70,7 +70,13 @@ class Mixture:
         return sum(part.sequences_per_epoch for part in self.parts)
 
     def batch(
-        self, first_sequence: int, size: int, *, neighbor_dropout: float = 0.0, neighbors: Retrieval = "on"
+        self,
+        first_sequence: int,
+        size: int,
+        *,
+        neighbor_dropout: float = 0.0,
+        copy_share: float = 0.0,
+        neighbors: Retrieval = "on",
     ) -> Batch:
         """As `Batches.batch`. Documents are numbered in their own corpus."""
         corpus_B, number_B = self.order.turns(first_sequence, size)
@@ -78,8 +84,11 @@ class Mixture:
         for corpus in np.unique(corpus_B).tolist():
             place = np.flatnonzero(corpus_B == corpus)
             first = int(number_B[place[0]])  # the numbers of a corpus are consecutive
-            part = self.parts[corpus]
-            made.append(part.batch(first, len(place), neighbor_dropout=neighbor_dropout, neighbors=neighbors))
+            made.append(
+                self.parts[corpus].batch(
+                    first, len(place), neighbor_dropout=neighbor_dropout, copy_share=copy_share, neighbors=neighbors
+                )
+            )
             places.append(place)
         return Batch.joined(made).chosen(torch.from_numpy(np.argsort(np.concatenate(places))))
 
