@@ -540,7 +540,8 @@ def _batches_after(parts: Setup, state: TrainingState) -> Iterator[Batch]:
     config = parts.run.train
     for step in range(config.steps - state.step):
         first, size = parts.ranks.part(state.sequence + step * config.batch_size, config.batch_size)
-        yield parts.batches.batch(first, size, neighbor_dropout=config.neighbor_dropout)
+        share = config.copy_share_at(state.step + 1 + step)
+        yield parts.batches.batch(first, size, neighbor_dropout=config.neighbor_dropout, copy_share=share)
 
 
 def _guarded_step(parts: Setup, out: Path, batch: Batch, step: int, rate: float) -> StepResult:
@@ -682,7 +683,7 @@ def _complete(parts: Setup, out: Path, state: TrainingState, metrics: Metrics) -
     for line in metrics.lines():  # the newest remain, of the validation those of the weights that are kept
         if best is None or line["step"] <= best:
             figures |= {key: value for key, value in line.items() if key.startswith("valid_")}
-        if "loss_nats" in line:
+        if "loss_nats" in line and not parts.run.train.copies:  # of a model that was shown the answers, no figure
             figures["train_loss_nats"] = line["loss_nats"]
     test = _open_held_out(parts, "test")
     if test:
@@ -731,7 +732,7 @@ class _Meter:
 def _record(
     parts: Setup, state: TrainingState, batch: Batch, result: StepResult, rate: float, meter: _Meter
 ) -> dict[str, float]:
-    """A step as metrics."""
+    """A step as metrics. Where `copy_share` is above 0, the loss counts sequences that were shown what they had to predict."""
     record = {
         "step": state.step,
         "loss_nats": result.loss_nats,
@@ -740,6 +741,8 @@ def _record(
         "tokens_per_s": round(meter.tokens_per_s, 1),
         "seconds": round(state.seconds, 3),
     }
+    if parts.run.train.copies and batch.keep_BLKR is not None:
+        record["copy_share"] = parts.run.train.copy_share_at(state.step)
     if parts.device.type == "cuda":
         record["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(parts.device)
         peak = device_peak_flops(torch.cuda.get_device_name(parts.device))
