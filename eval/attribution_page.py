@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.attribution import Attribution, answer_span
+from eval.attribution import Attribution
 from eval.markup import Html, join, number, tag
 from retro.artifact import write_atomically
+from retro.attribution import answer_span
 
 LEVELS = 6
 """Shades of one color."""
@@ -87,12 +88,13 @@ def fragment(attribution: Attribution) -> Html:
 
 def _output(attribution: Attribution) -> Html:
     """The text, word by word, shaded by what retrieval did to its log-probability."""
-    words = [match.span() for match in re.finditer(r"\s*\S+|\s+$", attribution.text)]
+    attended = attribution.attended
+    words = [match.span() for match in re.finditer(r"\s*\S+|\s+$", attended.text)]
     starts = np.array([start for start, _ in words])
-    place_n = np.searchsorted(starts, attribution.spans_n2[:, 0], side="right") - 1
-    moved_W = np.bincount(place_n.clip(0), weights=attribution.delta_n * attribution.sees_n, minlength=len(words))
-    sees_W = np.bincount(place_n.clip(0), weights=attribution.sees_n, minlength=len(words)) > 0
-    begin = attribution.spans_n2[attribution.answer][:1, 0].sum() if attribution.reading.given > 1 else 0
+    place_n = np.searchsorted(starts, attended.spans_n2[:, 0], side="right") - 1
+    moved_W = np.bincount(place_n.clip(0), weights=attribution.delta_n * attended.sees_n, minlength=len(words))
+    sees_W = np.bincount(place_n.clip(0), weights=attended.sees_n, minlength=len(words)) > 0
+    begin = attended.spans_n2[attended.answer][:1, 0].sum() if attended.reading.given > 1 else 0
     top = max(float(np.abs(moved_W).max()), 1e-9) if words else 1.0
     parts: list[Html] = []
     for (start, end), moved, sees in zip(words, moved_W.tolist(), sees_W.tolist(), strict=True):
@@ -103,7 +105,7 @@ def _output(attribution: Attribution) -> Html:
         parts.append(
             tag(
                 "span",
-                attribution.text[start:end],
+                attended.text[start:end],
                 class_=" ".join(names) or None,
                 title=f"{moved:+.2f} nats" if sees else None,
             )
@@ -141,14 +143,15 @@ def _numeric(value: object) -> str | None:
 
 def _passage(attribution: Attribution, p: int, row: dict[str, Any]) -> Html:
     """A passage's text, token by token, shaded by its share of the answer's attention; the best window is underlined."""
-    source = attribution.reading.sources[p]
-    share_r = attribution.token_shares(p)[attribution.answer].sum(axis=0)
+    attended = attribution.attended
+    source = attended.reading.sources[p]
+    share_r = attended.token_shares(p)[attended.answer].sum(axis=0)
     top = max(float(share_r.max(initial=0.0)), 1e-12)
-    span = answer_span(attribution, p)
+    span = answer_span(attended, p)
     best = (-1, -1) if span is None else (span[0] + source.start, span[1] + source.start)
     parts: list[Html] = []
     done = 0
-    for (start, end), share in zip(attribution.source_spans[p].tolist(), share_r, strict=False):
+    for (start, end), share in zip(attended.source_spans[p].tolist(), share_r, strict=False):
         level = _level(float(share), top)
         piece = tag("span", source.text[max(start, done) : end], class_=f"share{level}" if level else None)
         parts += [tag("span", source.text[done:start])] if start > done else []
@@ -198,16 +201,16 @@ def draw(attribution: Attribution, file: Any, kind: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    answer = attribution.answer
-    labels = [attribution.text[slice(*span)] for span in attribution.spans_n2[answer]]
-    n, P = len(labels), len(attribution.reading.sources)
+    attended = attribution.attended
+    answer = attended.answer
+    labels = [attended.text[slice(*span)] for span in attended.spans_n2[answer]]
+    n, P = len(labels), len(attended.reading.sources)
     figure = Figure(figsize=(min(4 + 0.16 * n, 16), 2.2 + 0.44 * min(P, 40)), dpi=110, layout="constrained")
     upper, lower = FigureCanvasAgg(figure).figure.subplots(2, 1, sharex=True)
     delta_Pn = attribution.passage_deltas()[:, answer]
     top = max(float(np.abs(delta_Pn).max(initial=0.0)), 1e-9)
-    _panel(
-        figure, upper, 100 * attribution.passage_shares()[answer].T, "share of attention, %", cmap="Greens", vmin=0.0
-    )
+    share_Pn = attended.passage_shares()[answer].T
+    _panel(figure, upper, 100 * share_Pn, "share of attention, %", cmap="Greens", vmin=0.0)
     _panel(figure, lower, delta_Pn, "added by the passage, nats", cmap="PuOr", vmin=-top, vmax=top)
     if n <= _LABELED:
         lower.set_xticks(range(n), [repr(label)[1:-1] for label in labels], rotation=90, fontsize=7)

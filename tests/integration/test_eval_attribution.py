@@ -12,9 +12,10 @@ import pytest
 import torch
 from builders import toy_model_config
 
-from eval.attribution import Attribution, Reading, Source
+from eval.attribution import Attribution
 from eval.attribution_page import heat_map, page
 from eval.records import read_records, read_units
+from retro.attribution import Attended, Reading, Source
 from retro.checkpoint import save_model
 from retro.model import Retro
 from retro.tokenizer import Tokenizer
@@ -141,16 +142,19 @@ def hostile() -> Attribution:
     spans_n2[first, 1] = end
     random = np.random.default_rng(0)
     share = random.random((2, n, 1, len(spans)))
-    return Attribution(
+    attended = Attended(
         reading=Reading(ids=ids, lead=0, sources=(Source(passage, 0, "k", "<b>&</b>"),), chunks={0: (0,)}),
         text=text,
         spans_n2=spans_n2,
         source_spans=(spans,),
+        source_nK=np.zeros((n, 1), np.int64),
+        share_JnKR=share / share.sum(axis=(2, 3), keepdims=True),
+    )
+    return Attribution(
+        attended=attended,
         log_prob_n=-random.random(n),
         off_n=-random.random(n),
         without_Pn=-random.random((1, n)),
-        source_nK=np.zeros((n, 1), np.int64),
-        share_JnKR=share / share.sum(axis=(2, 3), keepdims=True),
     )
 
 
@@ -166,8 +170,8 @@ def test_texts_stay_texts_on_the_page_and_in_the_picture(tmp_path: Path) -> None
         for name, value in read.attributes
         if name in ("src", "href") and not str(value).startswith(("data:", "#"))
     ]
-    assert read.texts["Output"] == found.text
-    assert read.texts["Passage 1: <b>&</b>"] == found.reading.sources[0].text
+    assert read.texts["Output"] == found.attended.text
+    assert read.texts["Passage 1: <b>&</b>"] == found.attended.reading.sources[0].text
     for kind in ("png", "svg"):
         heat_map(found, tmp_path / f"map.{kind}")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
@@ -183,11 +187,11 @@ def test_words_are_shaded_by_what_retrieval_did_to_them() -> None:
     read = [
         value for name, value in Page(page(found, "n")).attributes if name == "title" and str(value).endswith("nats")
     ]
-    words = found.text.split()
-    ends = [found.text.index(word) + len(word) for word in words]
+    words = found.attended.text.split()
+    ends = [found.attended.text.index(word) + len(word) for word in words]
     starts = [0, *ends[:-1]]
     expected = [
-        float(found.delta_n[(found.spans_n2[:, 0] >= a) & (found.spans_n2[:, 0] < b)].sum())
+        float(found.delta_n[(found.attended.spans_n2[:, 0] >= a) & (found.attended.spans_n2[:, 0] < b)].sum())
         for a, b in zip(starts, ends, strict=True)
     ]
     assert read == [f"{value:+.2f} nats" for value in expected]

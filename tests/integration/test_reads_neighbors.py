@@ -14,10 +14,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from eval.attribution import answer_span, attribute, read_answer
+from eval.attribution import attribute
 from index_builder.build import build_index
 from index_builder.search import IndexRetriever
 from retro.answer import ask, question_prompt, source_text
+from retro.attribution import answer_span, read_answer
 from retro.config import GenerateConfig, ModelConfig, TrainConfig
 from retro.model import Retro
 from retro.questions import QuestionItem, closed_book, question_batch
@@ -215,9 +216,9 @@ def test_facts_that_are_only_in_the_index_are_read_from_four_passages(tmp_path: 
             continue
         right += 1
         why = attribute(model, tokenizer, read_answer(answer, tokenizer, CHUNK_LEN), neighbor_len=NEIGHBOR_LEN)
-        by_effect += int(why.passage_deltas()[:, why.answer].sum(axis=1).argmax()) == sources[0]
-        by_attention += int(why.passage_shares()[why.answer].mean(axis=0).argmax()) == sources[0]
-        span = answer_span(why, sources[0])
+        by_effect += int(why.passage_deltas()[:, why.attended.answer].sum(axis=1).argmax()) == sources[0]
+        by_attention += int(why.attended.passage_shares()[why.attended.answer].mean(axis=0).argmax()) == sources[0]
+        span = answer_span(why.attended, sources[0])
         spans += span is not None and fact.sentence[slice(*span)].strip() == fact.value
     logger.info("of %d: left out, it moves most %d; attended most %d; span %d", right, by_effect, by_attention, spans)
     assert right >= 0.9 * len(answers)

@@ -13,18 +13,9 @@ from oracles import Batch, FloatArray, Oracle, Placed, randomize, tiny_config
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from eval.attribution import (
-    Attribution,
-    Reading,
-    Source,
-    answer_span,
-    attribute,
-    best_window,
-    read_answer,
-    read_document,
-    read_generation,
-)
+from eval.attribution import Attribution, attribute, read_document
 from retro.answer import ask, passage_text
+from retro.attribution import Attended, Reading, Source, answer_span, best_window, read_answer, read_generation
 from retro.chunks import Passage
 from retro.config import GenerateConfig, ModelConfig
 from retro.generate import Generation, Prompt, Role, generate, neighbor_tensors, prompt_ids
@@ -137,15 +128,15 @@ def test_shares_are_the_attention_of_the_naive_oracle(changes: dict[str, Any], l
     oracle.hidden(inputs(read))
     first = M - 1 - lead  # the first output token that a finished chunk's neighbors may move
     lengths = [min(len(TOKENIZER.encode(s.text).ids), R) for s in read.sources]
-    assert len(oracle.weights_of) == len(found.share_JnKR) == 2
+    assert len(oracle.weights_of) == len(found.attended.share_JnKR) == 2
     for j, weights in enumerate(oracle.weights_of.values()):
         assert len(weights) == len(read.ids) - 1 - first
         for place, means in enumerate(weights, first):
             few = read.chunks.get((lead + place + 1) // M - 1, ())
-            assert [p for p in found.source_nK[place] if p >= 0] == list(few)
-            actual = [found.share_JnKR[j, place, k, : lengths[p]] for k, p in enumerate(few)]
+            assert [p for p in found.attended.source_nK[place] if p >= 0] == list(few)
+            actual = [found.attended.share_JnKR[j, place, k, : lengths[p]] for k, p in enumerate(few)]
             np.testing.assert_allclose(np.concatenate([[], *actual]), means, rtol=0, atol=1e-12)
-            shares = found.layer_shares()[j, place]
+            shares = found.attended.layer_shares()[j, place]
             for k, p in enumerate(few):
                 assert shares[p] == pytest.approx(
                     sum(means[sum(lengths[q] for q in few[:k]) :][: lengths[p]]), abs=1e-12
@@ -166,7 +157,7 @@ def test_shares_in_a_pretrained_model_are_those_its_values_are_summed_with() -> 
             for i in range(M):
                 place = (u + 1) * M - 1 + i - read.lead
                 if place < len(read.ids) - 1:
-                    weights_S = torch.from_numpy(found.share_JnKR[j, place].reshape(-1))
+                    weights_S = torch.from_numpy(found.attended.share_JnKR[j, place].reshape(-1))
                     torch.testing.assert_close(weights_S @ values[j][row], merged[j][row, i], rtol=0, atol=1e-12)
 
 
@@ -189,14 +180,14 @@ def test_shares_sum_to_one_where_passages_are_seen_and_nothing_moves_what_comes_
     found = attribute(network(), TOKENIZER, read, neighbor_len=R)
     chunk_n = (read.lead + np.arange(len(read.ids) - 1) + 1) // M - 1
     sees_n = np.isin(chunk_n, list(read.chunks))
-    np.testing.assert_array_equal(found.sees_n, sees_n)
+    np.testing.assert_array_equal(found.attended.sees_n, sees_n)
     np.testing.assert_allclose(
-        found.share_JnKR.sum(axis=(2, 3)), np.where(sees_n, 1.0, 0.0) + np.zeros((2, 1)), atol=1e-12
+        found.attended.share_JnKR.sum(axis=(2, 3)), np.where(sees_n, 1.0, 0.0) + np.zeros((2, 1)), atol=1e-12
     )
-    assert (found.share_JnKR[:, ~sees_n] == 0).all()
-    np.testing.assert_allclose(found.passage_shares().sum(axis=1), sees_n.astype(float), atol=1e-12)
+    assert (found.attended.share_JnKR[:, ~sees_n] == 0).all()
+    np.testing.assert_allclose(found.attended.passage_shares().sum(axis=1), sees_n.astype(float), atol=1e-12)
     np.testing.assert_allclose(
-        np.stack([found.token_shares(p) for p in range(3)]).sum(axis=(0, 2)), sees_n.astype(float), atol=1e-12
+        np.stack([found.attended.token_shares(p) for p in range(3)]).sum(axis=(0, 2)), sees_n.astype(float), atol=1e-12
     )
     before = M - 1 - read.lead
     assert sees_n[before]
@@ -213,26 +204,30 @@ def test_permuted_passages_have_permuted_shares_and_effects() -> None:
     first, second = (attribute(model, TOKENIZER, r, neighbor_len=R) for r in (read, mixed))
     assert mixed.sources == (C, A, B)
     order = [1, 2, 0]  # of A, B, C in the second
-    np.testing.assert_allclose(second.layer_shares()[..., order], first.layer_shares(), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        second.attended.layer_shares()[..., order], first.attended.layer_shares(), rtol=0, atol=1e-12
+    )
     np.testing.assert_allclose(second.passage_deltas()[order], first.passage_deltas(), rtol=0, atol=1e-12)
     for p in range(3):
-        np.testing.assert_allclose(second.token_shares(order[p]), first.token_shares(p), rtol=0, atol=1e-12)
-    assert np.abs(first.layer_shares()[..., 0] - first.layer_shares()[..., 1]).max() > 0.1
+        np.testing.assert_allclose(
+            second.attended.token_shares(order[p]), first.attended.token_shares(p), rtol=0, atol=1e-12
+        )
+    assert np.abs(first.attended.layer_shares()[..., 0] - first.attended.layer_shares()[..., 1]).max() > 0.1
 
 
 def test_output_tokens_and_passage_tokens_know_their_text() -> None:
     ids = prompt_ids(TEXTS[1], TOKENIZER)
     source = Source(TEXTS[1], 5, "k", "t")
     found = attribute(network(), TOKENIZER, Reading.of([*ids, TOKENIZER.eos_id], 0, {0: [source]}), neighbor_len=60)
-    assert found.text == TEXTS[1]
-    assert "".join(found.text[slice(*span)] for span in found.spans_n2) == TEXTS[1]
-    assert found.spans_n2[-1].tolist() == [len(TEXTS[1])] * 2  # EOS
-    for place, span in enumerate(found.spans_n2[:20]):
-        assert found.text[slice(*span)] == TOKENIZER.decode(ids[place + 1 : place + 2])
+    assert found.attended.text == TEXTS[1]
+    assert "".join(found.attended.text[slice(*span)] for span in found.attended.spans_n2) == TEXTS[1]
+    assert found.attended.spans_n2[-1].tolist() == [len(TEXTS[1])] * 2  # EOS
+    for place, span in enumerate(found.attended.spans_n2[:20]):
+        assert found.attended.text[slice(*span)] == TOKENIZER.decode(ids[place + 1 : place + 2])
     cat = int(TEXTS[1].index("\U0001f408"))
-    held = [span.tolist() for span in found.spans_n2 if span[0] <= cat < span[1]]
+    held = [span.tolist() for span in found.attended.spans_n2 if span[0] <= cat < span[1]]
     assert held == [[cat, cat + 1]]  # its bytes are several tokens, of which the last one has it
-    np.testing.assert_array_equal(found.source_spans[0], TOKENIZER.encode(TEXTS[1]).spans[:60])
+    np.testing.assert_array_equal(found.attended.source_spans[0], TOKENIZER.encode(TEXTS[1]).spans[:60])
 
 
 def test_the_best_window_is_the_one_with_most_beyond_an_even_share() -> None:
@@ -264,14 +259,11 @@ def test_an_answers_span_lies_in_the_passages_own_text() -> None:
     share_JnKR[:, 4, 0, -2] = 0.22  # more than any of these, but by one token only
     share_JnKR[:, 2, 0, -1] = 1.0  # while a token before the answer was predicted
     source_nK = np.array([[-1], [-1], [0], [0], [0]])
-    found = Attribution(
+    found = Attended(
         reading=Reading(ids=(0, 3, 3, 3, 3, 3), lead=0, sources=(source,), chunks={0: (0,)}, given=4),
         text="x" * 5,
         spans_n2=np.stack([np.arange(5), np.arange(5) + 1], axis=1),
         source_spans=(spans_r2,),
-        log_prob_n=np.zeros(n),
-        off_n=np.zeros(n),
-        without_Pn=np.zeros((1, n)),
         source_nK=source_nK,
         share_JnKR=share_JnKR,
     )
@@ -284,7 +276,9 @@ def test_an_answers_span_lies_in_the_passages_own_text() -> None:
     assert at_end[1] == len(text) - start
     unseen = dataclasses.replace(found, share_JnKR=np.zeros_like(share_JnKR))
     assert answer_span(unseen, 0) is None
-    assert found.to_rows()[0]["most attended"].strip() == "dog sat"
+    none_n = np.zeros(n)
+    row = Attribution(attended=found, log_prob_n=none_n, off_n=none_n, without_Pn=none_n[None]).to_rows()[0]
+    assert row["most attended"].strip() == "dog sat"
 
 
 class Library:
@@ -325,12 +319,15 @@ def test_a_generation_is_attributed_as_it_was_generated(make: Any) -> None:
     found = attribute(model, TOKENIZER, read, neighbor_len=R)
     atol = 1e-6  # log_probs of a generation are float64 of float64 logits; transformers narrow some products
     np.testing.assert_allclose(
-        found.log_prob_n[found.answer], made.log_probs[: len(found.log_prob_n[found.answer])], rtol=0, atol=atol
+        found.log_prob_n[found.attended.answer],
+        made.log_probs[: len(found.log_prob_n[found.attended.answer])],
+        rtol=0,
+        atol=atol,
     )
     chunk_n = (read.lead + np.arange(len(read.ids) - 1) + 1) // M - 1
-    np.testing.assert_array_equal(found.sees_n, np.isin(chunk_n, list(made.retrieved)))
-    assert found.sees_n[found.answer][0]
-    assert found.text.endswith(made.text)
+    np.testing.assert_array_equal(found.attended.sees_n, np.isin(chunk_n, list(made.retrieved)))
+    assert found.attended.sees_n[found.attended.answer][0]
+    assert found.attended.text.endswith(made.text)
     assert len(found.token_rows()) == len(made.ids) - made.finished
 
 
@@ -340,9 +337,11 @@ def test_an_answer_is_attributed_as_it_was_given() -> None:
     answer = ask(model, TOKENIZER, "where is the cat", retriever=Library(), config=config)
     found = attribute(model, TOKENIZER, read_answer(answer, TOKENIZER, M), neighbor_len=60)
     words = len(answer.generation.ids) - answer.generation.finished
-    np.testing.assert_allclose(found.log_prob_n[found.answer], answer.generation.log_probs[:words], rtol=0, atol=1e-10)
-    assert [s.text for s in found.reading.sources] == [passage_text(p) for p in answer.passages]
-    assert [s.text[s.start :] for s in found.reading.sources] == [p.full_text for p in answer.passages]
+    np.testing.assert_allclose(
+        found.log_prob_n[found.attended.answer], answer.generation.log_probs[:words], rtol=0, atol=1e-10
+    )
+    assert [s.text for s in found.attended.reading.sources] == [passage_text(p) for p in answer.passages]
+    assert [s.text[s.start :] for s in found.attended.reading.sources] == [p.full_text for p in answer.passages]
     rows = found.to_rows()
     assert sum(row["share of attention, %"] for row in rows) == pytest.approx(100)
     total_P = (found.log_prob_n - found.without_Pn)[:, len(found.log_prob_n) - words :].sum(axis=1)
@@ -368,4 +367,4 @@ def test_a_document_is_read_with_the_passages_of_its_finished_chunks() -> None:
     assert not short.chunks
     found = attribute(network(), TOKENIZER, short)
     np.testing.assert_allclose(found.delta_n, 0, atol=1e-12)
-    assert not found.sees_n.any()
+    assert not found.attended.sees_n.any()
