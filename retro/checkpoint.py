@@ -2,7 +2,7 @@
 
     X.model/
       config.json          network, tokenizer's fingerprint, figures of the training
-      model.safetensors    weights, float32
+      model.safetensors    weights, float32 (of an exported model also in fewer bits, in shards with an index: quantized.py)
       tokenizer.json, tokenizer_config.json, generation_config.json     the last two for Hugging Face transformers
       README.md            model card
       metrics.jsonl, loss.png     written by train.py
@@ -49,12 +49,15 @@ from retro.config import GenerateConfig, ModelConfig, config_from_dict, config_t
 from retro.distributed import ALONE, Ranks, divided
 from retro.errors import FormatError, MismatchError, StorageError
 from retro.model import Retro
+from retro.quantized import is_weights, restored
 from retro.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 KIND = "model"
 CONFIG, WEIGHTS, CARD, TRAINING = "config.json", "model.safetensors", "README.md", "training"
+INDEX = "model.safetensors.index.json"
+"""Which file holds which tensor, where there are several."""
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 _STATE = "state.json"
 _WEIGHTS, _OPTIMIZER = "weights/", "optimizer/"
@@ -152,9 +155,7 @@ def load_model(
         ConfigError: The base is not there.
     """
     read_manifest(folder, KIND)
-    info = read_json(folder / CONFIG)
-    if not isinstance(info, dict) or not {"model", "tokenizer_fingerprint", "training"} <= set(info):
-        raise FormatError(f"{folder / CONFIG} is not that of a model of this program: copy or train the model again")
+    info = read_config(folder)
     tokenizer = Tokenizer.load(str(folder))
     if tokenizer.fingerprint != info["tokenizer_fingerprint"]:
         raise MismatchError(
@@ -171,11 +172,48 @@ def load_model(
         with torch.device("meta"):
             model = Retro(config)
         model.to_empty(device=device)
-    _load_weights(model, _load_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    _load_weights(model, load_weights(folder), folder / WEIGHTS)
     model.eval()
     if isinstance(model, Retro) and torch.device(device).type == "cpu":
         model.lay_out_for_decoding()
     return model, tokenizer, info
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a model's config.json.
+
+    Raises:
+        FormatError: It is missing, or not that of a model of ours.
+    """
+    info = read_json(folder / CONFIG)
+    if not isinstance(info, dict) or not {"model", "tokenizer_fingerprint", "training"} <= set(info):
+        raise FormatError(f"{folder / CONFIG} is not that of a model of this program: copy or train the model again")
+    return info
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """A model's weights in floating types, in however many bits and files they are stored.
+
+    Raises:
+        FormatError: A file is missing or damaged, or the files do not hold what their index says.
+    """
+    path = folder / INDEX
+    if (folder / WEIGHTS).is_file() or not path.is_file():
+        return restored(load_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    index = read_json(path)
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(name, str) and is_weights(name) for name in places.values()):
+        raise FormatError(f"{path} is damaged: it does not say which file holds which weights. Copy the model again")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        part = load_tensors(folder / name)
+        if unlike := sorted(part.keys() ^ {tensor for tensor, place in places.items() if place == name}):
+            raise FormatError(
+                f"{path} does not say what {name} holds ({unlike[0]} stands in one of them only; {len(unlike)} in all). "
+                "Take all files from the same model"
+            )
+        tensors |= part
+    return restored(tensors, path)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -185,7 +223,12 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     write_atomically(path, lambda file: file.write(content))
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        FormatError: It is missing or damaged.
+    """
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
     except FileNotFoundError as error:
@@ -452,7 +495,7 @@ def load_best(folder: Path, model: Retro, step: int) -> None:
         FormatError, MismatchError: They are damaged, or of another network.
     """
     path = _best_path(folder, step)
-    tensors = _load_tensors(path)
+    tensors = load_tensors(path)
     _check_shapes(model, {name: tensor.shape for name, tensor in tensors.items()}, path)
     with torch.no_grad():
         for name, own in model.state_dict().items():

@@ -23,6 +23,7 @@ from retro.terminal import (
     Where,
     bars,
     choice,
+    parse_bytes,
     passage_json,
     print_json,
     print_passages,
@@ -73,7 +74,7 @@ def plan_train(
     print_report(plan.report(), as_json)
 
 
-# --- train, generate, ask -----------------------------------------------------------------------------------------
+# --- train, export, generate, ask ---------------------------------------------------------------------------------
 
 
 @app.command("train")
@@ -161,6 +162,35 @@ def train(
         folder = training.train(run, overwrite=overwrite, progress=progress)
     steps = read_json(folder / "config.json")["training"]["steps"]
     typer.echo(f"{folder}: trained for {steps:,} steps; losses in {folder / 'metrics.jsonl'} and loss.png")
+
+
+@app.command("export")
+def export(
+    model: Annotated[Path, typer.Argument(help="Folder of a trained model.")],
+    out: Annotated[Path, typer.Option(help="Folder of the copy.")],
+    weights: Annotated[
+        str,
+        typer.Option(help="float32; bfloat16: half as large; int8: a quarter, rounded to 8 bits with a scale a row."),
+    ] = "bfloat16",
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Largest file with weights, as in 16MiB [they are one file].")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Copy a finished model with smaller weights and without what training left; the copy opens as any other model.
+
+    \b
+    Example:
+      retro export wiki.model --out wiki.int8.model --weights int8 --max-shard-size 16MiB
+    """
+    from retro.export import export_model
+    from retro.quantized import FORMS
+
+    limit = None if max_shard_size is None else parse_bytes(max_shard_size)
+    form = choice(weights, FORMS, "--weights")
+    made = export_model(model, out, weights=form, max_shard_bytes=limit, overwrite=overwrite)
+    print_report(made.report(), as_json)
 
 
 @app.command("generate")

@@ -18,11 +18,12 @@ from transformers.utils.hub import cached_file
 
 from retro.artifact import HASHED_ON_OPEN, MANIFEST, find_damage, read_json
 from retro.auto import RetroConfig
-from retro.checkpoint import WEIGHTS, save_model, save_tensors, write_card
+from retro.checkpoint import WEIGHTS, load_tensors, save_model, save_tensors, write_card
 from retro.errors import ConfigError, FormatError, MismatchError
 from retro.generate import Lookup, Retriever
 from retro.hub_cache import Columns, RetroCache, RetroGenerationMixin
 from retro.model import Retro
+from retro.quantized import is_weights, restored
 from retro.tokenizer import TOKENIZER_FILE, Tokenizer
 
 __all__ = ["RetroCache", "RetroConfig", "RetroForCausalLM", "RetroGenerationMixin"]
@@ -253,8 +254,8 @@ class RetroForCausalLM(PreTrainedModel, RetroGenerationMixin):
         """
         name, folder = str(pretrained_model_name_or_path), Path(str(pretrained_model_name_or_path))
         if (folder / MANIFEST).is_file() and not kwargs.get("subfolder"):
-            record = read_json(folder / MANIFEST)["files"].get(WEIGHTS)
-            files = {} if record is None else {WEIGHTS: record}
+            listed = read_json(folder / MANIFEST)["files"]
+            files = {file: record for file, record in listed.items() if is_weights(file)}
             for damage in find_damage(folder, {"files": files}, hash_bytes=HASHED_ON_OPEN):
                 raise FormatError(f"{folder} is damaged: {damage}. Copy or make it again")
         wants_info = kwargs.pop("output_loading_info", False)
@@ -262,6 +263,8 @@ class RetroForCausalLM(PreTrainedModel, RetroGenerationMixin):
         where = {key: kwargs[key] for key in _DOWNLOAD if key in kwargs}
         opened: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         model, info = opened
+        if hasattr(model.config, "stored_weights"):  # of the files; the network is of a floating type
+            del model.config.stored_weights
         problems = [f"{key} is missing" for key in sorted(info["missing_keys"])]
         problems += [f"{key} is unknown" for key in sorted(info["unexpected_keys"])]
         if problems:
@@ -274,6 +277,16 @@ class RetroForCausalLM(PreTrainedModel, RetroGenerationMixin):
         if retriever is not None:
             model.set_retriever(retriever)
         return (model, info) if wants_info else model
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: dict[str, Tensor] | None, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Weights in 8 bits are none of the formats that transformers know: they are widened here, wherever the files come from.
+        if checkpoint_files and getattr(model.config, "stored_weights", "") == "int8":
+            parts = [load_tensors(Path(file)) for file in checkpoint_files]
+            state_dict = restored({key: tensor for part in parts for key, tensor in part.items()}, checkpoint_files[0])
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def save_pretrained(  # type: ignore[override]
         self,

@@ -257,6 +257,7 @@ COMMANDS = [
     "tokenizer train",
     "data",
     "train",
+    "export",
     "generate",
     "ask",
     "index compact",
@@ -308,4 +309,11 @@ def test_the_examples_in_the_help_work_one_after_the_other(
             assert outcome.out, line
     made = {path.name for path in tmp_path.iterdir()}
     indexes = {f"{name}.index" for name in ("wiki", "docs", "part0", "part1", "merged")}
-    assert made - given == indexes | {"wiki.tok", "wiki.data", "clean.data", "wiki.model", "wiki.parquet"}
+    assert made - given == indexes | {
+        "wiki.tok",
+        "wiki.data",
+        "clean.data",
+        "wiki.model",
+        "wiki.int8.model",
+        "wiki.parquet",
+    }
