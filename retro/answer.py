@@ -1,7 +1,7 @@
 """A question and passages become a prompt; the model's continuation becomes an answer with its sources."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from retro.chunks import Passage
@@ -13,6 +13,10 @@ from retro.tokenizer import Tokenizer
 
 NEIGHBOR_LEN = 160
 """R for questions: a passage with its title in front."""
+MAX_PROMPT_TOKENS = 512
+"""Longest prompt that a question may make. Models learn from questions of far fewer tokens; a text is no question."""
+DONT_KNOW = "I don't know"
+"""What is said in place of an answer below the confidence that is asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,9 +26,12 @@ class Answer:
     question: str
     text: str
     confidence: float
-    """Geometric mean of the probabilities of the answer's tokens, in [0, 1]."""
+    """Geometric mean of the probabilities of the answer's tokens, EOS included, in [0, 1]."""
     passages: list[Passage]
+    """Those that were read, best first."""
     generation: Generation
+    prompt_tokens: int = 0
+    """Tokens of the prompt that the decoder read; passages that were read beside it are not in it."""
 
 
 def question_prompt(question: str) -> str:
@@ -45,8 +52,84 @@ def passage_text(passage: Passage) -> str:
 
 
 def source_text(title: str, text: str) -> str:
-    """The form of the paper: title, then source."""
-    return f"title: {title}, source: {text}"
+    """The form of the paper: title, then source; without a title, the source alone."""
+    return f"title: {title}, source: {text}" if title else f"source: {text}"
+
+
+def answer_prompt(question: str, passages: Sequence[Passage], tokenizer: Tokenizer, chunk_len: int) -> Prompt:
+    """A question on the grid, with passages for the chunk that it ends and all later ones.
+
+    Args:
+        question: Any text.
+        passages: To be read, best first; none for a closed book.
+        tokenizer: The model's.
+        chunk_len: M.
+
+    Raises:
+        ConfigError: The question is empty, or longer than MAX_PROMPT_TOKENS.
+    """
+    ids = prompt_ids(question_prompt(question), tokenizer)
+    if len(ids) > MAX_PROMPT_TOKENS:
+        raise ConfigError(
+            f"the question is too long: with its frame it has {len(ids):,} tokens, at most {MAX_PROMPT_TOKENS} are read; "
+            "ask one thing in a sentence or two, texts belong into the index"
+        )
+    return Prompt(ids, {-(-len(ids) // chunk_len) - 1: [passage_text(p) for p in passages]})
+
+
+def to_answer(question: str, passages: Sequence[Passage], generation: Generation, *, prompt_tokens: int = 0) -> Answer:
+    """A continuation of `answer_prompt` as an answer."""
+    mean = sum(generation.log_probs) / max(len(generation.log_probs), 1)
+    return Answer(
+        question=question,
+        text=generation.text.strip(),
+        confidence=math.exp(mean),
+        passages=list(passages),
+        generation=generation,
+        prompt_tokens=prompt_tokens,
+    )
+
+
+def answer_config(num_neighbors: int = 10, max_new_tokens: int = 32) -> GenerateConfig:
+    """How questions are answered unless told otherwise: passages of 160 tokens, greedy."""
+    return GenerateConfig(num_neighbors=num_neighbors, neighbor_len=NEIGHBOR_LEN, max_new_tokens=max_new_tokens)
+
+
+def ask_many(
+    model: Retro,
+    tokenizer: Tokenizer,
+    questions: Sequence[str],
+    passages: Sequence[Sequence[Passage]],
+    config: GenerateConfig | None = None,
+    *,
+    on_token: Callable[[int, str], None] | None = None,
+) -> list[Answer]:
+    """Answers questions in one batch, each from passages of its own.
+
+    Args:
+        model: See `generate`.
+        tokenizer: The model's.
+        questions: Any texts.
+        passages: Of each question, best first; the first `config.num_neighbors` are read.
+        config: Default: `answer_config()`.
+        on_token: See `generate`.
+
+    Raises:
+        ConfigError: No question, an empty or a too long one, or not as many lists of passages.
+    """
+    config = config or answer_config()
+    if len(passages) != len(questions):
+        raise ConfigError(
+            f"there are {len(questions)} questions and passages for {len(passages)}: give a list for each"
+        )
+    read = [few[: config.num_neighbors] for few in passages]
+    chunk_len = model.config.chunk_len
+    prompts = [answer_prompt(q, few, tokenizer, chunk_len) for q, few in zip(questions, read, strict=True)]
+    made = generate(model, tokenizer, prompts, config, retriever=None, on_token=on_token)
+    return [
+        to_answer(question, few, generation, prompt_tokens=len(prompt.ids))
+        for question, few, generation, prompt in zip(questions, read, made, prompts, strict=True)
+    ]
 
 
 def ask(
@@ -65,28 +148,17 @@ def ask(
         tokenizer: The model's.
         question: Any text.
         retriever: Finds passages; not needed where `config.num_neighbors` is 0 (closed book).
-        config: Default: 10 passages of 160 tokens, at most 32 new tokens, greedy.
+        config: Default: `answer_config()`.
         on_token: See `generate`.
 
     Raises:
-        ConfigError: An empty question, or no retriever where passages are wanted.
+        ConfigError: An empty or too long question, or no retriever where passages are wanted.
     """
-    config = config or GenerateConfig(num_neighbors=10, neighbor_len=NEIGHBOR_LEN, max_new_tokens=32)
-    prompt = question_prompt(question)
+    config = config or answer_config()
+    answer_prompt(question, (), tokenizer, model.config.chunk_len)  # what cannot be asked is not looked up
     passages: list[Passage] = []
     if config.num_neighbors > 0:
         if retriever is None:
             raise ConfigError("finding passages needs an index: name one, or ask without (-k 0)")
         passages = retriever.retrieve([question], config.num_neighbors, role="query")[0]
-    ids = prompt_ids(prompt, tokenizer)
-    last = -(-len(ids) // model.config.chunk_len) - 1
-    texts = {last: [passage_text(p) for p in passages]}
-    generation = generate(model, tokenizer, [Prompt(ids, texts)], config, retriever=None, on_token=on_token)[0]
-    mean = sum(generation.log_probs) / max(len(generation.log_probs), 1)
-    return Answer(
-        question=question,
-        text=generation.text.strip(),
-        confidence=math.exp(mean),
-        passages=passages,
-        generation=generation,
-    )
+    return ask_many(model, tokenizer, [question], [passages], config, on_token=on_token)[0]
