@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from retro.artifact import read_json
 from retro.errors import ConfigError
 
 Precision = Literal["auto", "float32", "bfloat16"]
 NeighborPart = Literal["both", "chunk", "continuation"]
 Positions = Literal["rotary", "relative"]
 Quantization = Literal["none", "8bit", "4bit"]
+Task = Literal["lm", "qa", "chat"]
 ConfigT = TypeVar("ConfigT")
 
 
@@ -105,8 +107,12 @@ class ModelConfig:
 class TrainConfig:
     """How a model is trained."""
 
+    task: Task = "lm"
+    """lm: to go on with text. qa: to answer questions from passages. chat: likewise, with the messages of a conversation before."""
+    init: str = ""
+    """Folder of a model whose weights are those to begin with, of the same sizes. Empty: random weights."""
     data: str | tuple[str, ...] = ""
-    """Folder made by `retro data`, or several, which are mixed by sequences."""
+    """Folder made by `retro data` (qa, chat: by `retro cloze` or `retro questions`), or several, which are mixed by sequences."""
     data_weights: tuple[float, ...] = ()
     """Shares of the folders in the sequences, of any sum. Empty: by their sizes, so that every folder is read equally often."""
     out: str = ""
@@ -147,6 +153,24 @@ class TrainConfig:
     model; validation and test never have any."""
     final_copy_share: float = 0.0
     """The same share at the last step; linear in between."""
+    passages: tuple[int, ...] = (1, 2, 4)
+    """qa: numbers of passages a question is read with, rising. The next one follows when the share of the validation questions that
+    are answered exactly passes `passages_grow_at`, and at the latest when an equal share of the steps has passed."""
+    passages_grow_at: float = 0.9
+    """qa: that share."""
+    evidence_share: float = 0.8
+    """qa: share of the questions of which a passage holds the answer; the others have none that does. `neighbor_dropout` is the
+    share that is asked without any passage."""
+    own_share: float = 0.0
+    """qa: share of the steps, from the first on, in which the evidence of a cloze question is the sentence it was made of."""
+    context_passages: int = 0
+    """qa: so many of the passages, the best first, stand in front of the question in the decoder's context (RETRO++)."""
+    replay: str | tuple[str, ...] = ""
+    """qa: folders made by `retro data`: some steps are made on their text, so that the model does not forget it."""
+    replay_share: float = 0.1
+    """qa: share of such steps, where there is `replay`."""
+    replay_sequences: int = 16
+    """qa: sequences, of seq_len slots each, of such a step."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 200
@@ -196,6 +220,7 @@ class TrainConfig:
             "eval_every",
             "save_every",
             "keep_checkpoints",
+            "replay_sequences",
             "timeout_s",
         )
         _require_not_negative(
@@ -208,6 +233,7 @@ class TrainConfig:
             "patience",
             "sample_tokens",
             "prefetch",
+            "context_passages",
             "seed",
         )
         weights = self.data_weights
@@ -232,10 +258,27 @@ class TrainConfig:
                     f"{name} = {share} and neighbor_dropout = {self.neighbor_dropout}: no sequence is both, so give shares that "
                     "add up to at most 1"
                 )
+        self._check_questions()
         if self.copies and self.neighbor_part == "chunk":
             raise ConfigError(
                 "neighbor_part = 'chunk' leaves the continuation out, and copying needs it: set copy_share and "
                 "final_copy_share to 0, or another neighbor_part"
+            )
+
+    def _check_questions(self) -> None:
+        for name in ("passages_grow_at", "evidence_share", "own_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}: give a share between 0 and 1")
+        if not self.passages or self.passages[0] < 1 or list(self.passages) != sorted(set(self.passages)):
+            raise ConfigError(f"passages = {list(self.passages)}: give numbers above 0, each above the one before")
+        if not 0 < self.replay_share < 1:
+            raise ConfigError(
+                f"replay_share = {self.replay_share}: give a share above 0 and below 1, or no train.replay"
+            )
+        if self.replay and self.batch_size % self.replay_sequences and self.replay_sequences % self.batch_size:
+            raise ConfigError(
+                f"replay_sequences = {self.replay_sequences} and batch_size = {self.batch_size}: one must be a multiple of the "
+                "other"
             )
 
     @property
@@ -257,6 +300,11 @@ class TrainConfig:
     def folders(self) -> tuple[str, ...]:
         """The folders of `data`."""
         return (self.data,) if isinstance(self.data, str) else self.data
+
+    @property
+    def replay_folders(self) -> tuple[str, ...]:
+        """The folders of `replay`."""
+        return ((self.replay,) if self.replay else ()) if isinstance(self.replay, str) else self.replay
 
     @property
     def accumulation(self) -> int:
@@ -383,7 +431,8 @@ def load_run_config(
 ) -> RunConfig:
     """Resolves a run: a preset, then the TOML file's keys, then `--set` overrides such as `train.steps=100`.
 
-    The file may name a preset itself with a top-level `preset = "tiny"`.
+    The file may name a preset itself with a top-level `preset = "tiny"`. Where neither it nor [model] says anything, the sizes are
+    those of the model `train.init`.
 
     Args:
         path: TOML file.
@@ -426,6 +475,9 @@ def load_run_config(
             raise ConfigError(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
         base = config_to_dict(PRESETS[name])
     model = base["model"] | tables.get("model", {})
+    init = tables.get("train", {}).get("init")
+    if init and isinstance(init, str) and not model:
+        model = read_json(Path(init) / "config.json").get("model", {})
     if pretrained is not None and sizes is not None:
         of_base = sizes(pretrained)
         fixed = ("vocab_size", "dim", "num_layers", "tie_embeddings")

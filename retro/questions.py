@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from retro import artifact
 from retro.answer import NEIGHBOR_LEN, question_prompt, source_text
 from retro.chunks import SPLITS, Int64s, load_array, save_array
-from retro.data import Batch, Retrieval
+from retro.config import TrainConfig
+from retro.data import Batch, Batches, Retrieval
 from retro.errors import ConfigError, FormatError, MismatchError
 from retro.generate import prompt_ids
-from retro.mixture import Turns
+from retro.mixture import Mixture, Turns
 from retro.tokenizer import Tokenizer
 
 KIND = "question data"
@@ -397,6 +398,7 @@ class QuestionBatches:
         context_passages: int = 0,
         compact: bool = True,
         permute: bool = True,
+        reading: Reading | None = None,
     ) -> None:
         """Lays out the split.
 
@@ -412,10 +414,13 @@ class QuestionBatches:
             compact: Columns without a token are left out of batches, which then say at which slots their columns stand. False:
                 whole chunks, and neighbors of R places in any case, so that shapes hardly change.
             permute: False keeps the order in every epoch, for evaluation.
+            reading: How questions are read; default: with one passage, which has the answer.
 
         Raises:
             ConfigError: The split has no question.
         """
+        self.reading = reading or Reading(num_passages=1)
+        """How questions are read from now on."""
         self._corpora = [data for data in corpora if len(data.questions(split))]
         if not self._corpora:
             raise ConfigError(
@@ -435,32 +440,37 @@ class QuestionBatches:
         """Questions of all corpora together."""
         return sum(len(questions) for questions in self._questions)
 
+    @property
+    def num_neighbors(self) -> int:
+        """K at present."""
+        return self.reading.num_passages
+
     def batch(
         self,
         first_sequence: int,
         size: int,
-        reading: Reading,
         *,
         neighbor_dropout: float = 0.0,
+        copy_share: float = 0.0,
         neighbors: Retrieval = "on",
     ) -> Batch:
-        """Some questions; the same whenever they are asked for with the same reading, in whatever company.
+        """Some questions; the same whenever they are asked for with the same `reading`, in whatever company.
 
         Args:
             first_sequence: Number of the first, counted through all epochs.
             size: B.
-            reading: How many passages, and which.
             neighbor_dropout: Share of the questions, drawn at random, that are asked without passages (closed book).
+            copy_share: Nothing to questions: their evidence is there to be copied.
             neighbors: "off": no passages at all. "shuffled": those of the question that lies half an epoch away.
         """
         corpus_B, number_B = self._turns.turns(first_sequence, size)
         rows = [
-            self._row(corpus, number, reading, neighbor_dropout, neighbors)
+            self._row(corpus, number, neighbor_dropout, neighbors)
             for corpus, number in zip(corpus_B.tolist(), number_B.tolist(), strict=True)
         ]
         longest = max((len(source) for row in rows for source in row.sources), default=1)
         R = min(-(-longest // 16) * 16, self.neighbor_len) if self._compact else self.neighbor_len
-        K = max(1, *(len(row.sources) for row in rows)) if self._compact else reading.num_passages
+        K = max(1, *(len(row.sources) for row in rows), 1) if self._compact else self.reading.num_passages
         batch = _packed(rows, self._eos_id, self._chunk_len, K=K, R=R)
         if neighbors == "off":
             batch = replace(batch, neighbors_BLKR=None, keep_BLKR=None)
@@ -469,11 +479,11 @@ class QuestionBatches:
     def _row(self, corpus: int, number: int, reading: Reading, neighbor_dropout: float, neighbors: Retrieval) -> _Row:
         data = self._corpora[corpus]
         question, generator = self._placed(corpus, number)
-        passages, target = self._chosen(data, question, reading, generator)
+        passages, target = self._chosen(data, question, generator)
         if neighbors == "shuffled":
             elsewhere = number + max(len(self._questions[corpus]) // 2, 1)
             other, other_generator = self._placed(corpus, elsewhere)
-            passages, _ = self._chosen(data, other, reading, other_generator)
+            passages, _ = self._chosen(data, other, other_generator)
         dropped = bool(neighbor_dropout) and self._generator(corpus, number, _DROPOUT).random() < neighbor_dropout
         if dropped or neighbors == "off":
             passages = []
@@ -487,14 +497,13 @@ class QuestionBatches:
             sources=_in_any_order(sources[self._context :], self._generator(corpus, number, _ORDER)),
         )
 
-    def _chosen(
-        self, data: QuestionData, question: int, reading: Reading, generator: np.random.Generator
-    ) -> tuple[list[int], int]:
+    def _chosen(self, data: QuestionData, question: int, generator: np.random.Generator) -> tuple[list[int], int]:
         """Passages of a question, in the order of its candidates, and what is to be said with them."""
         passages_C, targets_C = data.candidates(question)
         holding = np.flatnonzero(targets_C >= 0)
         other = np.flatnonzero(targets_C < 0)
-        own, K = int(data.arrays.own[question]), reading.num_passages
+        own, reading = int(data.arrays.own[question]), self.reading
+        K = reading.num_passages
         default = int(data.arrays.targets[question])
         wanted = generator.random() < reading.evidence_share
         if wanted and own >= 0 and (reading.own or not len(holding)):
@@ -532,6 +541,112 @@ class QuestionBatches:
 
 def _in_any_order(sources: Sequence[NDArray[Any]], generator: np.random.Generator) -> list[NDArray[Any]]:
     return [sources[place] for place in generator.permutation(len(sources))]
+
+
+class WithReplay:
+    """Steps on questions, and in between steps on text, so that a model does not forget how to go on with it.
+
+    Which of the two a step is on follows from its number; a step on questions has `batch_size` of them.
+    """
+
+    def __init__(
+        self, questions: QuestionBatches, text: Batches | Mixture, *, share: float, sequences: int, batch_size: int
+    ) -> None:
+        """Takes turns.
+
+        Args:
+            questions: Most of the steps.
+            text: The others.
+            share: Of the steps that are on text, in (0, 1).
+            sequences: Sequences of text of such a step.
+            batch_size: Of a step on questions.
+        """
+        self.questions, self._text = questions, text
+        self._sequences, self._batch_size = sequences, batch_size
+        self._order = Turns([1 - share, share])
+
+    @property
+    def sequences_per_epoch(self) -> int:
+        """Questions, in units of which training counts."""
+        return self.questions.sequences_per_epoch
+
+    @property
+    def num_neighbors(self) -> int:
+        """K of questions at present."""
+        return self.questions.num_neighbors
+
+    @property
+    def reading(self) -> Reading:
+        """How questions are read from now on."""
+        return self.questions.reading
+
+    @reading.setter
+    def reading(self, reading: Reading) -> None:
+        self.questions.reading = reading
+
+    def batch(
+        self,
+        first_sequence: int,
+        size: int,
+        *,
+        neighbor_dropout: float = 0.0,
+        copy_share: float = 0.0,
+        neighbors: Retrieval = "on",
+    ) -> Batch:
+        """A step's sequences or a part of them, which may not reach into the next step.
+
+        Args:
+            first_sequence: step * batch_size, and how many of the step's sequences come before the part.
+            size: Of the part, in units of the batch size: of text as large a share of `sequences`.
+            neighbor_dropout: See `QuestionBatches.batch`; for text, see `Batches.batch`.
+            copy_share: Likewise.
+            neighbors: Likewise.
+        """
+        step, place = divmod(first_sequence, self._batch_size)
+        kind, number = (int(x[0]) for x in self._order.turns(step, 1))
+        options: dict[str, Any] = {
+            "neighbor_dropout": neighbor_dropout,
+            "copy_share": copy_share,
+            "neighbors": neighbors,
+        }
+        if kind == 0:
+            return self.questions.batch(number * self._batch_size + place, size, **options)
+        begin, end = (n * self._sequences // self._batch_size for n in (place, place + size))
+        return self._text.batch(number * self._sequences + begin, max(end - begin, 1), **options)
+
+
+class Curriculum:
+    """With how many passages questions are read: more as soon as few are mastered.
+
+    It follows from the lines of the metrics, so that a training that goes on decides as one that was never interrupted.
+
+    Source: docs/decisions.md, where a network that began with four passages stayed at chance.
+    """
+
+    def __init__(self, config: TrainConfig, lines: Iterable[dict[str, Any]]) -> None:
+        """Goes through the lines so far, oldest first."""
+        self._config = config
+        self._stage = 0
+        for line in lines:
+            self.add(line)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Takes an evaluation note of: passing `passages_grow_at` at the present number of passages brings the next one."""
+        passages = self._config.passages
+        stage = min(self._stage, len(passages) - 1)
+        if record.get("passages") == passages[stage] and record["valid_exact_match"] >= self._config.passages_grow_at:
+            self._stage = min(stage + 1, len(passages) - 1)
+
+    def reading(self, step: int) -> Reading:
+        """How the questions of a step, counted from 1, are read; each stage gets at most its share of the steps."""
+        config = self._config
+        stages = len(config.passages)
+        stage = max(self._stage, (step - 1) * stages // max(config.steps, 1))
+        return Reading(
+            num_passages=config.passages[min(stage, stages - 1)],
+            evidence_share=config.evidence_share,
+            own=step <= config.own_share * config.steps,
+        )
 
 
 def compacted(batch: Batch) -> Batch:

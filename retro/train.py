@@ -14,7 +14,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -28,6 +28,7 @@ from retro.checkpoint import (
     TrainingState,
     find_best,
     load_best,
+    load_model,
     load_training,
     prune_training,
     save_best,
@@ -44,6 +45,7 @@ from retro.errors import ConfigError, MismatchError, TrainingError
 from retro.metrics import METRICS, Course, Lines, Metrics, read_lines
 from retro.mixture import Mixture, corpus_seed, open_corpora
 from retro.model import Retro
+from retro.questions import Curriculum, QuestionBatches, QuestionData, Reading, WithReplay, open_questions
 from retro.samples import SAMPLES, SamplePrompt
 from retro.tokenizer import Tokenizer
 
@@ -51,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 CHANGEABLE = (
     "data",
+    "init",
+    "replay",
     "out",
     "steps",
     "micro_batch_size",
@@ -115,11 +119,14 @@ class Setup:
     run: RunConfig
     """As given, with the vocabulary of the data's tokenizer."""
     corpora: dict[str, TrainingData]
-    """By name, in the order of the settings."""
+    """Text by name, in the order of the settings; none where questions are trained on."""
+    questions: list[QuestionData]
+    """In the order of the settings; none where text is trained on."""
+    tokenizer: Tokenizer
     model: Retro
     """With initial weights, on `device`."""
     optimizer: torch.optim.AdamW
-    batches: Batches | Mixture
+    batches: Batches | Mixture | QuestionBatches | WithReplay
     """Of the split train."""
     device: torch.device
     dtype: torch.dtype
@@ -128,11 +135,6 @@ class Setup:
     """All that determines the weights, the number of steps apart."""
     ranks: Ranks
     """The processes that train together."""
-
-    @property
-    def data(self) -> TrainingData:
-        """The first corpus: the others have its tokenizer and its length of chunks."""
-        return next(iter(self.corpora.values()))
 
 
 # --- the parts ----------------------------------------------------------------------------------------------------
@@ -151,20 +153,24 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
         missing = "data" if not config.data else "out"
         raise ConfigError(f"train.{missing} is empty: set it in the file, or with --set train.{missing}=FOLDER")
     _check_division(config, ranks)
+    if config.init and run.base is not None:
+        raise ConfigError("train.init takes models of our own, and [base] a pretrained one: leave one of them out")
     device = rank_device(config.device, resolve_device)
     dtype = resolve_precision(config.precision, device)
-    corpora = open_corpora(config.folders)
-    data = next(iter(corpora.values()))
-    if data.chunk_len != run.model.chunk_len:
-        raise MismatchError(
-            f"{data.folder} is cut into chunks of {data.chunk_len} tokens, the model has chunk_len = "
-            f"{run.model.chunk_len}: set model.chunk_len={data.chunk_len}, or make the data again"
-        )
+    folders = config.folders if config.task == "lm" else config.replay_folders
+    corpora = open_corpora(folders)
+    questions = [] if config.task == "lm" else open_questions(config.folders)
+    tokenizer = _common_tokenizer(corpora, questions)
+    for data in corpora.values():
+        if data.chunk_len != run.model.chunk_len:
+            raise MismatchError(
+                f"{data.folder} is cut into chunks of {data.chunk_len} tokens, the model has chunk_len = "
+                f"{run.model.chunk_len}: set model.chunk_len={data.chunk_len}, or make the data again"
+            )
     if run.base is None:
-        run = replace(run, model=replace(run.model, vocab_size=data.tokenizer.vocab_size))
-    streams = [open_batches(corpus, "train", run, number) for number, corpus in enumerate(corpora.values())]
-    prints = [artifact.fingerprint(corpus.manifest["files"]) for corpus in corpora.values()]
-    model = _network(run, data.tokenizer, device, dtype)
+        run = replace(run, model=replace(run.model, vocab_size=tokenizer.vocab_size))
+    prints = [artifact.fingerprint(data.manifest["files"]) for data in (*corpora.values(), *questions)]
+    model = _network(run, tokenizer, device, dtype)
     if config.activation_checkpointing:
         model.checkpoint_activations()
     if ranks.size > 1:
@@ -181,12 +187,16 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
     if run.base is not None:
         options = {key: value for key, value in config_to_dict(run.base).items() if key not in ("name", "revision")}
         recipe["base"] = {**options, "weights": artifact.fingerprint(model.digests)}
+    if config.init:
+        recipe["init"] = artifact.fingerprint(artifact.read_manifest(Path(config.init), KIND)["files"])
     return Setup(
         run=run,
-        corpora=corpora,
+        corpora={} if questions else corpora,
+        questions=questions,
+        tokenizer=tokenizer,
         model=model,
         optimizer=make_optimizer(model, config),
-        batches=streams[0] if len(streams) == 1 else Mixture(streams, config.data_weights),
+        batches=_training_batches(run, corpora, questions),
         device=device,
         dtype=dtype,
         recipe=recipe,
@@ -194,13 +204,82 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
     )
 
 
+def _common_tokenizer(corpora: dict[str, TrainingData], questions: Sequence[QuestionData]) -> Tokenizer:
+    opened = [*corpora.values(), *questions]
+    for data in opened[1:]:
+        if data.tokenizer.fingerprint != opened[0].tokenizer.fingerprint:
+            raise MismatchError(
+                f"{opened[0].folder} and {data.folder} have different tokenizers: they cannot train one model; make one of them "
+                "again with the other's tokenizer"
+            )
+    return opened[0].tokenizer
+
+
+def _training_batches(
+    run: RunConfig, corpora: dict[str, TrainingData], questions: Sequence[QuestionData]
+) -> Batches | Mixture | QuestionBatches | WithReplay:
+    """What is trained on: text, or questions, perhaps with text in between."""
+    config = run.train
+    streams = [open_batches(corpus, "train", run, number) for number, corpus in enumerate(corpora.values())]
+    if not questions:
+        return streams[0] if len(streams) == 1 else Mixture(streams, config.data_weights)
+    asked = open_question_batches(questions, "train", run)
+    if not streams:
+        return asked
+    text = streams[0] if len(streams) == 1 else Mixture(streams)
+    return WithReplay(
+        asked, text, share=config.replay_share, sequences=config.replay_sequences, batch_size=config.batch_size
+    )
+
+
+def open_question_batches(questions: Sequence[QuestionData], split: str, run: RunConfig) -> QuestionBatches:
+    """The questions of a split; only those of the split train are permuted."""
+    return QuestionBatches(
+        questions,
+        split,
+        chunk_len=run.model.chunk_len,
+        neighbor_len=run.train.neighbor_len,
+        seed=run.train.seed,
+        weights=run.train.data_weights,
+        context_passages=run.train.context_passages,
+        compact=not run.train.compile,
+        permute=split == "train",
+        reading=Curriculum(run.train, ()).reading(1),
+    )
+
+
 def _network(run: RunConfig, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype) -> Any:
     """A network of our own, or one around a pretrained base, which is called alike; with initial weights."""
+    if run.train.init:
+        return _continued(run, tokenizer)
     if run.base is not None:
         from retro.retrofit import trainable
 
         return trainable(run.base, run.model, tokenizer, device=device, dtype=dtype, seed=run.train.seed)
     return Retro(run.model).initialize(torch.Generator().manual_seed(run.train.seed))
+
+
+def _continued(run: RunConfig, tokenizer: Tokenizer) -> Any:
+    """A network with the weights of a finished model.
+
+    Raises:
+        MismatchError: It has another tokenizer or other sizes than the run.
+    """
+    folder = Path(run.train.init)
+    model, its_tokenizer, _ = load_model(folder)
+    if its_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise MismatchError(
+            f"the model {folder} has another tokenizer than the training data: make the data again with --tokenizer {folder}"
+        )
+    if model.config != run.model:
+        wanted, has = config_to_dict(run.model), config_to_dict(model.config)
+        raise MismatchError(
+            f"the model {folder} has other sizes than the run ({'; '.join(artifact.differing(has, wanted))}): leave [model] and "
+            "the preset out, then its own are taken"
+        )
+    network = Retro(run.model)  # of its own: what is opened is laid out for decoding
+    network.load_state_dict(model.state_dict())
+    return network
 
 
 def _check_division(config: TrainConfig, ranks: Ranks) -> None:
@@ -395,6 +474,59 @@ def evaluate_loss(
     return Evaluation(losses, int(total_tokens))
 
 
+@torch.no_grad()
+def evaluate_answers(
+    model: Retro,
+    batches: QuestionBatches,
+    *,
+    mode: Retrieval,
+    count: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    ranks: Ranks = ALONE,
+) -> tuple[float, float, int]:
+    """Loss of the answers, and share of the questions whose whole answer, EOS included, is what greedy decoding says.
+
+    Args:
+        model: In any mode, which it has again afterwards.
+        batches: Of the split, with the reading that is asked for.
+        mode: on, off or shuffled.
+        count: How many questions, from the first on; 0 means all of the split.
+        batch_size: Questions of one forward pass.
+        dtype: bfloat16 turns autocast on.
+        ranks: Those that share the questions.
+
+    Returns:
+        Mean loss in nats per token, share in [0, 1], number of questions.
+    """
+    count = min(count or batches.sequences_per_epoch, batches.sequences_per_epoch)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    loss, tokens, right = 0.0, 0, 0
+    try:
+        for first in range(0, count, batch_size * ranks.size):
+            begin = first + batch_size * ranks.rank
+            size = max(min(batch_size, count - begin), 0)
+            # A rank for which nothing is left goes through the last question with the others, and does not count it.
+            batch = with_same_work(batches.batch(min(begin, count - 1), size or 1, neighbors=mode), ranks).to(device)
+            tensors = batch.tensors()
+            targets_BT, loss_BT = tensors.pop("targets_BT"), tensors.pop("loss_BT")
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                logits_NV = model(**tensors)[loss_BT].float()
+            if size == 0:
+                continue
+            wrong_BT = torch.zeros_like(loss_BT)
+            wrong_BT[loss_BT] = logits_NV.argmax(dim=1) != targets_BT[loss_BT]
+            loss += float(torch.nn.functional.cross_entropy(logits_NV, targets_BT[loss_BT], reduction="sum"))
+            tokens += int(loss_BT.sum())
+            right += int((~wrong_BT.any(dim=1)).sum())
+    finally:
+        model.train(was_training)
+    all_loss, all_tokens, all_right = ranks.total(loss, tokens, right)
+    return all_loss / all_tokens, all_right / count, count
+
+
 # --- the run ------------------------------------------------------------------------------------------------------
 
 
@@ -500,34 +632,37 @@ def _steps(
     begun, done = time.monotonic(), state
     meter = _Meter()
     on_gpu = parts.device.type == "cuda"
-    with prefetched(_batches_after(parts, state), depth=config.prefetch, pin=on_gpu) as batches:
-        while state.step < config.steps and not validation.course.exhausted(config.patience):
-            step, batch = state.step + 1, next(batches)
-            rate = learning_rate(config, step)
-            result = _guarded_step(parts, out, batch, step, rate)
-            state = TrainingState(
-                step=step,
-                sequence=state.sequence + config.batch_size,
-                tokens=state.tokens + result.tokens,
-                seconds=done.seconds + time.monotonic() - begun,
-            )
-            meter.add(result.tokens)
-            if progress is not None:
-                progress(Progress(step, config.steps, result.loss_nats, meter.tokens_per_s))
-            last, stop = step == config.steps, ranks.any(interrupted())
-            if last or step % config.log_every == 0:
-                if ranks.is_first:
-                    metrics.append(_record(parts, state, batch, result, rate, meter))
-                meter = _Meter()
-            if last or step % config.eval_every == 0:
-                validation.look(step)
-                meter = _Meter()
-            ended = last or validation.course.exhausted(config.patience)
-            if ended or stop or step % config.save_every == 0:
-                save_training(out, parts.model, parts.optimizer, state, keep=config.keep_checkpoints, ranks=ranks)
-                meter = _Meter()
-            if stop:
-                raise KeyboardInterrupt
+    while state.step < config.steps and not validation.course.exhausted(config.patience):
+        # Batches are not prepared beyond an evaluation, which may decide how they are made.
+        end = min((state.step // config.eval_every + 1) * config.eval_every, config.steps)
+        coming = _batches_after(parts, state, end, validation.curriculum)
+        with prefetched(coming, depth=config.prefetch, pin=on_gpu) as batches:
+            for step, batch in enumerate(batches, state.step + 1):
+                rate = learning_rate(config, step)
+                result = _guarded_step(parts, out, batch, step, rate)
+                state = TrainingState(
+                    step=step,
+                    sequence=state.sequence + config.batch_size,
+                    tokens=state.tokens + result.tokens,
+                    seconds=done.seconds + time.monotonic() - begun,
+                )
+                meter.add(result.tokens)
+                if progress is not None:
+                    progress(Progress(step, config.steps, result.loss_nats, meter.tokens_per_s))
+                last, stop = step == config.steps, ranks.any(interrupted())
+                if last or step % config.log_every == 0:
+                    if ranks.is_first:
+                        metrics.append(_record(parts, state, batch, result, rate, meter))
+                    meter = _Meter()
+                if last or step % config.eval_every == 0:
+                    validation.look(step)
+                    meter = _Meter()
+                ended = last or validation.course.exhausted(config.patience)
+                if ended or stop or step % config.save_every == 0:
+                    save_training(out, parts.model, parts.optimizer, state, keep=config.keep_checkpoints, ranks=ranks)
+                    meter = _Meter()
+                if stop:
+                    raise KeyboardInterrupt
     if state.step < config.steps:
         logger.info(
             "the validation loss has not fallen for %d evaluations: training ends", validation.course.since_best
@@ -535,13 +670,18 @@ def _steps(
     return state
 
 
-def _batches_after(parts: Setup, state: TrainingState) -> Iterator[Batch]:
-    """This rank's parts of the batches of the steps to come."""
-    config = parts.run.train
-    for step in range(config.steps - state.step):
-        first, size = parts.ranks.part(state.sequence + step * config.batch_size, config.batch_size)
-        share = config.copy_share_at(state.step + 1 + step)
-        yield parts.batches.batch(first, size, neighbor_dropout=config.neighbor_dropout, copy_share=share)
+def _batches_after(parts: Setup, state: TrainingState, end: int, curriculum: Curriculum) -> Iterator[Batch]:
+    """This rank's parts of the batches of the steps to come, up to the step `end`."""
+    config, batches = parts.run.train, parts.batches
+    for step in range(state.step + 1, end + 1):
+        if isinstance(batches, (QuestionBatches, WithReplay)):
+            batches.reading = curriculum.reading(step)
+        sequence = state.sequence + (step - state.step - 1) * config.batch_size
+        yield batches.batch(
+            *parts.ranks.part(sequence, config.batch_size),
+            neighbor_dropout=config.neighbor_dropout,
+            copy_share=config.copy_share_at(step),
+        )
 
 
 def _guarded_step(parts: Setup, out: Path, batch: Batch, step: int, rate: float) -> StepResult:
@@ -563,7 +703,7 @@ def _guarded_step(parts: Setup, out: Path, batch: Batch, step: int, rate: float)
             parts.model,
             parts.optimizer,
             batch,
-            micro_batch_size=config.micro_batch_size,
+            micro_batch_size=_micro_batch_size(parts, batch),
             rate=rate,
             grad_clip=config.grad_clip,
             dtype=parts.dtype,
@@ -575,6 +715,15 @@ def _guarded_step(parts: Setup, out: Path, batch: Batch, step: int, rate: float)
     raise refused
 
 
+def _micro_batch_size(parts: Setup, batch: Batch) -> int:
+    """Sequences of one forward pass; of text among questions fewer, as they are longer."""
+    config, M = parts.run.train, parts.run.model.chunk_len
+    is_text = batch.slot_BT is None and batch.inputs_BT.shape[1] == config.seq_len
+    if not parts.questions or not is_text:
+        return config.micro_batch_size
+    return max(1, config.micro_batch_size * 2 * M // config.seq_len)
+
+
 class _Validation:
     """What is done at every evaluation, and what it decides."""
 
@@ -583,6 +732,8 @@ class _Validation:
         self._parts, self._out, self._metrics = parts, out, metrics
         self._held_out = _open_held_out(parts, "valid")
         self.course = ranks.on_first(lambda: Course(metrics.lines(), _deciding_loss(parts)))
+        self.curriculum = ranks.on_first(lambda: Curriculum(config, metrics.lines()))
+        self._asked = _open_asked(parts, "valid")
         self._prompt: SamplePrompt | None = None
         if config.sample_tokens and self._held_out:
             self._prompt = SamplePrompt.choose(next(iter(self._held_out.values())))
@@ -592,8 +743,14 @@ class _Validation:
     def look(self, step: int) -> None:
         """Measures the losses, keeps the best weights, writes a sample, draws the plot."""
         parts, config, ranks = self._parts, self._parts.run.train, self._parts.ranks
-        if self._held_out:
-            record = {"step": step, **_evaluated(parts, self._held_out, "valid", config.eval_sequences)}
+        if self._held_out or self._asked:
+            record: dict[str, Any] = {"step": step}
+            if self._asked is None:
+                record |= _evaluated(parts, self._held_out, "valid", config.eval_sequences)
+            else:
+                passages = self.curriculum.reading(step).num_passages
+                record |= _answered(parts, self._asked, "valid", config.eval_sequences, passages)
+                self.curriculum.add(record)
             if ranks.is_first:
                 self._metrics.append(record)
             if self.course.add(record) and config.keeps_best:
@@ -627,6 +784,41 @@ class _Validation:
 def _deciding_loss(parts: Setup) -> str:
     """Key of the validation loss that early stopping and the best model go by."""
     return f"valid_loss_{'on' if parts.run.model.cca_layers else 'off'}_nats"
+
+
+def _open_asked(parts: Setup, split: str) -> QuestionBatches | None:
+    """The questions of a split; None where text is trained on, or there are none."""
+    if not any(len(data.questions(split)) for data in parts.questions):
+        if parts.questions:
+            logger.warning("there is no question in the split %s: nothing is measured on it", split)
+        return None
+    return open_question_batches(parts.questions, split, parts.run)
+
+
+def _answered(parts: Setup, asked: QuestionBatches, split: str, count: int, passages: int) -> dict[str, float]:
+    """How questions of a split are answered with the most passages, evidence among them (on), without any (off), and with those of
+    another question (shuffled); where fewer are trained with at present, also with that many."""
+    config = parts.run.train
+    options: dict[str, Any] = {"count": count, "batch_size": config.micro_batch_size, "dtype": parts.dtype}
+    most = config.passages[-1] if parts.run.model.cca_layers else 0
+    found: dict[str, float] = {}
+    modes: tuple[Retrieval, ...] = get_args(Retrieval) if most else ("off",)
+    for mode in modes:
+        asked.reading = Reading(num_passages=max(most, 1))
+        loss, right, questions = evaluate_answers(parts.model, asked, mode=mode, ranks=parts.ranks, **options)
+        found |= {
+            f"{split}_loss_{mode}_nats": loss,
+            f"{split}_exact_match_{mode}": right,
+            f"{split}_questions": questions,
+        }
+    found |= {"passages": passages, f"{split}_exact_match": found[f"{split}_exact_match_{modes[0]}"]}
+    if 0 < passages < most:
+        asked.reading = Reading(num_passages=passages)
+        _, found[f"{split}_exact_match"], _ = evaluate_answers(
+            parts.model, asked, mode="on", ranks=parts.ranks, **options
+        )
+    logger.info("%s", ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
+    return found
 
 
 def _open_held_out(parts: Setup, split: str) -> dict[str, Batches]:
@@ -673,7 +865,7 @@ def _complete(parts: Setup, out: Path, state: TrainingState, metrics: Metrics) -
     if best is not None:
         load_best(out, parts.model, best)
     figures: dict[str, Any] = {
-        "data": ", ".join(data.folder.name for data in parts.corpora.values()),
+        "data": ", ".join(data.folder.name for data in (*parts.corpora.values(), *parts.questions)),
         "steps": state.step,
         "tokens": state.tokens,
         "epochs": state.sequence / parts.batches.sequences_per_epoch,
@@ -685,16 +877,18 @@ def _complete(parts: Setup, out: Path, state: TrainingState, metrics: Metrics) -
             figures |= {key: value for key, value in line.items() if key.startswith("valid_")}
         if "loss_nats" in line and not parts.run.train.copies:  # of a model that was shown the answers, no figure
             figures["train_loss_nats"] = line["loss_nats"]
-    test = _open_held_out(parts, "test")
+    test, asked = _open_held_out(parts, "test"), _open_asked(parts, "test")
     if test:
         figures |= _evaluated(parts, test, "test", 0)
+    if asked is not None:
+        figures |= _answered(parts, asked, "test", 0, parts.run.train.passages[-1])
     figures["settings"] = config_to_dict(parts.run.train)
     weights = whole_state(parts.model, parts.ranks)
 
     def write() -> None:
         metrics.close()
         prune_training(out, keep=1)
-        save_model(out, parts.model, parts.data.tokenizer, weights=weights, training=figures, recipe=parts.recipe)
+        save_model(out, parts.model, parts.tokenizer, weights=weights, training=figures, recipe=parts.recipe)
 
     parts.ranks.on_first(write)
     logger.info(

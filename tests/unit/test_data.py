@@ -16,13 +16,14 @@ from builders import (
     neighbor_tokens,
     one_thread,
     random_documents,
+    toy_model_config,
     toy_tokenizer,
 )
 from torch.testing import assert_close
 
 from retro.artifact import MANIFEST, read_json, write_json
 from retro.chunks import TrainingData
-from retro.config import NeighborPart
+from retro.config import NeighborPart, RunConfig, TrainConfig
 from retro.data import Batch, Batches, Retrieval, prefetched
 from retro.errors import ConfigError, MismatchError
 from retro.mixture import LONGEST_PERIOD, Mixture, corpus_seed, open_corpora
@@ -162,10 +163,10 @@ def test_a_sequence_is_the_same_alone_and_in_any_batch(
 ) -> None:
     batches, again = open_batches(many[1]), open_batches(many[1])
     first = batches.sequences_per_epoch - 2  # into the next epoch
-    whole = batches.batch(first, 5, neighbor_dropout=0.5, neighbors=neighbors)
+    whole = batches.batch(first, 5, neighbor_dropout=0.4, copy_share=0.4, neighbors=neighbors)
     for place, part in enumerate(whole.split(1)):
         again.batch(7 * place, 1)
-        single = again.batch(first + place, 1, neighbor_dropout=0.5, neighbors=neighbors)
+        single = again.batch(first + place, 1, neighbor_dropout=0.4, copy_share=0.4, neighbors=neighbors)
         assert single.tensors().keys() == part.tensors().keys()
         for name, tensor in single.tensors().items():
             assert_close(tensor, part.tensors()[name], rtol=0, atol=0)
@@ -393,16 +394,17 @@ def test_a_mixtures_sequences_are_those_of_its_corpora_in_any_company(
 ) -> None:
     mixed, again = mixture(corpora, (0.2, 0.3, 0.5)), mixture(corpora, (0.2, 0.3, 0.5))
     first, size = 17, 40
-    whole = mixed.batch(first, size, neighbor_dropout=0.5, neighbors=neighbors)
+    drawn: dict[str, Any] = {"neighbor_dropout": 0.4, "copy_share": 0.4, "neighbors": neighbors}
+    whole = mixed.batch(first, size, **drawn)
     parts = list(whole.split(1))
     corpus_B, number_B = mixed.order.turns(first, size)
     assert len(set(corpus_B.tolist())) == 3
     assert any(int(number_B[corpus_B == n].max()) > open_batches(corpora[n]).sequences_per_epoch for n in range(3))
     for place, (corpus, number) in enumerate(zip(corpus_B.tolist(), number_B.tolist(), strict=True)):
         own = open_batches(corpora[corpus], seed=corpus_seed(5, corpus))
-        expected = own.batch(number, 1, neighbor_dropout=0.5, neighbors=neighbors).tensors()
+        expected = own.batch(number, 1, **drawn).tensors()
         assert_close(parts[place].tensors(), expected, rtol=0, atol=0)
-        alone = again.batch(first + place, 1, neighbor_dropout=0.5, neighbors=neighbors)
+        alone = again.batch(first + place, 1, **drawn)
         assert_close(alone.tensors(), expected, rtol=0, atol=0)
 
 
@@ -429,6 +431,191 @@ def test_corpora_that_cannot_train_one_model_are_a_mismatch(corpora: list[Traini
     other = make_training_data(tmp_path / "other.data", [d for d in one_chunk if len(d.ids) < 32], [], chunk_len=4)
     with pytest.raises(MismatchError, match=r"0\.data has chunks of 8 and .*other\.data 4: .* make one of them again"):
         open_corpora([str(corpora[0].folder), str(other.folder)])
+
+
+# --- copied neighbors ---------------------------------------------------------------------------------------------
+
+
+def windows(document: ToyDocument, chunk: int, neighbor_len: int, part: NeighborPart = "both") -> dict[int, list[int]]:
+    """What a copied neighbor of a chunk may hold, by how far it is shifted; nothing for a chunk that can have no neighbor."""
+    grid: list[int | None] = (
+        [None] * document.lead + [None] + list(document.ids)
+    )  # of the second None, BOS, nobody reads
+    own = grid[chunk * CHUNK_LEN : (chunk + 1) * CHUNK_LEN]
+    if len(own) < CHUNK_LEN or all(token is None for token in own):
+        return {}
+    room = neighbor_len - (CHUNK_LEN if part == "both" else 0)
+    found = {}
+    for shift in range(-min(CHUNK_LEN // 2, room // 2), CHUNK_LEN // 2 + 1):
+        begin = (chunk + (part == "continuation")) * CHUNK_LEN + shift
+        tokens = [
+            token for place, token in enumerate(grid) if begin <= place < (chunk + 2) * CHUNK_LEN and token is not None
+        ]
+        found[shift] = tokens[:neighbor_len]
+    return found
+
+
+@pytest.mark.parametrize("part", ["both", "continuation"])
+@pytest.mark.parametrize("neighbor_len", [11, 16])
+def test_a_copied_neighbor_is_a_window_over_its_chunk_and_the_next_in_the_place_of_one(
+    part: NeighborPart, neighbor_len: int, tmp_path: Path
+) -> None:
+    documents, neighbors = random_documents(7, counts={"train": 120}, max_tokens=60)
+    data = make_training_data(tmp_path / "d", documents, neighbors)
+    batches = open_batches(data, neighbor_len=neighbor_len, neighbor_part=part)
+    n = batches.sequences_per_epoch
+    usual, copied = batches.batch(0, n), batches.batch(0, n, copy_share=1.0)
+    for name in ("inputs_BT", "targets_BT", "keep_BT", "loss_BT", "document_BL"):
+        assert torch.equal(getattr(usual, name), getattr(copied, name))
+    assert copied.neighbors_BLKR is not None
+    assert copied.keep_BLKR is not None
+    assert not copied.neighbors_BLKR[~copied.keep_BLKR].any()
+    seen: dict[int, int] = {}
+    places, shifts, ends = set(), set(), 0
+    for (document, _), before, after in zip(chunks_of(usual), neighbors_of(usual), neighbors_of(copied), strict=True):
+        local = seen.get(document, 0)
+        seen[document] = local + 1
+        possible = windows(documents[document], local, neighbor_len, part) if document >= 0 else {}
+        if not any(possible.values()):
+            assert before == after
+            continue
+        changed = [k for k in range(K) if before[k] != after[k]]
+        if part == "both" or changed:
+            (place,) = changed
+            fitting = {shift for shift, tokens in possible.items() if tokens == after[place]}
+            assert fitting
+            places.add(place)
+            shifts |= fitting if len(fitting) == 1 else set()
+            ends += (local + 1) * CHUNK_LEN == documents[document].lead + len(documents[document].tokens)
+        else:  # the shifted window has nothing left of the last chunk
+            assert [] in possible.values()
+    assert places == set(range(K))
+    assert shifts == set(windows(documents[0], 0, neighbor_len, part) or range(-4, 5)), shifts
+    assert ends or part == "continuation", "no document ends with a finished chunk: that case is untested"
+
+
+def test_an_unshifted_copy_is_what_stands_in_the_chunk_and_what_those_who_see_it_predict(tmp_path: Path) -> None:
+    ids = np.random.default_rng(3).integers(2, 258, 6 * CHUNK_LEN - 1).tolist()
+    data = make_training_data(tmp_path / "d", [ToyDocument(ids, [[-1, -1]] * 6)], [])
+    batch = open_batches(data, seq_len=6 * CHUNK_LEN, neighbor_len=2 * CHUNK_LEN).batch(0, 40, copy_share=1.0)
+    found = neighbors_of(batch)
+    targets_BT = batch.targets_BT
+    unshifted = 0
+    for b in range(40):
+        for chunk in range(1, 5):
+            own = batch.inputs_BT[b, chunk * CHUNK_LEN : (chunk + 1) * CHUNK_LEN].tolist()
+            seeing = slice((chunk + 1) * CHUNK_LEN - 1, (chunk + 2) * CHUNK_LEN - 1)
+            unshifted += own + targets_BT[b, seeing].tolist() in found[6 * b + chunk]
+    # One of 9 shifts is none: of 160 draws 18 are expected, and fewer than 5 or more than 40 once in 10,000 times.
+    assert 5 <= unshifted <= 40
+
+
+def copying(batches: Batches, n: int, share: float, dropout: float = 0.0) -> list[bool]:
+    """Which of the first n sequences copy."""
+    usual = batches.batch(0, n, neighbor_dropout=dropout)
+    copied = batches.batch(0, n, neighbor_dropout=dropout, copy_share=share)
+    return [
+        any(not torch.equal(a, b) for a, b in zip(one.tensors().values(), two.tensors().values(), strict=True))
+        for one, two in zip(usual.split(1), copied.split(1), strict=True)
+    ]
+
+
+def test_the_share_of_the_sequences_copies_those_of_less_are_among_those_of_more_and_none_is_dropped(
+    many: tuple[list[ToyDocument], TrainingData],
+) -> None:
+    batches = open_batches(many[1])
+    n = 12 * batches.sequences_per_epoch
+    able = np.array(copying(batches, n, 1.0))
+    assert able.mean() > 0.9
+    few, more = (np.array(copying(batches, n, share, dropout=0.3)) for share in (0.1, 0.7))
+    assert not (few & ~more).any()
+    for share, found in ((0.1, few), (0.7, more)):
+        expected = int(able.sum())
+        assert abs(found.sum() / expected - share) < 3 * (share * (1 - share) / expected) ** 0.5
+    # With dropout the other sequences: all that are not dropped.
+    keep_BLKR = batches.batch(0, n, neighbor_dropout=0.3).keep_BLKR
+    both = batches.batch(0, n, neighbor_dropout=0.3, copy_share=0.7).keep_BLKR
+    assert keep_BLKR is not None
+    assert both is not None
+    assert not both[torch.from_numpy(~more)].any()
+    assert not keep_BLKR[torch.from_numpy(~more)].any()
+
+
+@pytest.mark.parametrize("neighbors", ["on", "shuffled"])
+def test_without_copies_batches_are_those_they_were(
+    many: tuple[list[ToyDocument], TrainingData], neighbors: Retrieval
+) -> None:
+    batches = open_batches(many[1])
+    n = 2 * batches.sequences_per_epoch
+    usual = batches.batch(0, n, neighbor_dropout=0.4, neighbors=neighbors)
+    none = batches.batch(0, n, neighbor_dropout=0.4, copy_share=0.0, neighbors=neighbors)
+    assert_close(none.tensors(), usual.tensors(), rtol=0, atol=0)
+    # The draws of a sequence are its own: those that do not copy are untouched by those that do.
+    some = batches.batch(0, n, neighbor_dropout=0.4, copy_share=0.3, neighbors=neighbors)
+    untouched = 0
+    for ours, theirs in zip(some.split(1), usual.split(1), strict=True):
+        untouched += all(
+            torch.equal(a, b) for a, b in zip(ours.tensors().values(), theirs.tensors().values(), strict=True)
+        )
+    assert 0.5 * n < untouched < n
+
+
+def test_without_retrieval_there_is_nothing_to_copy_into(many: tuple[list[ToyDocument], TrainingData]) -> None:
+    plain = open_batches(many[1], num_neighbors=0).batch(0, 4, copy_share=1.0)
+    assert plain.neighbors_BLKR is None
+    assert open_batches(many[1]).batch(0, 4, copy_share=1.0, neighbors="off").neighbors_BLKR is None
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_what_is_held_out_is_never_copied(many: tuple[list[ToyDocument], TrainingData], split: str) -> None:
+    with pytest.raises(ConfigError, match=f"copy_share = 0.5 in the split '{split}'"):
+        open_batches(many[1], split).batch(0, 1, copy_share=0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"copy_share": 1.5}, "copy_share = 1.5: give a share between 0 and 1"),
+        ({"final_copy_share": -0.1}, "final_copy_share = -0.1: give a share between 0 and 1"),
+        ({"copy_share": float("nan")}, "copy_share = nan: give a share between 0 and 1"),
+        ({"copy_share": 0.95}, "copy_share = 0.95 and neighbor_dropout = 0.1: no sequence is both"),
+        ({"final_copy_share": 0.2, "neighbor_part": "chunk"}, "neighbor_part = 'chunk' leaves the continuation out"),
+        ({"copy_share": 0.2, "neighbor_len": CHUNK_LEN}, "neighbor_len = 8 ends with the 8 tokens of a chunk.* to 16"),
+    ],
+)
+def test_settings_with_which_nothing_can_be_copied_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig(model=toy_model_config(), train=TrainConfig(**settings))
+
+
+def test_settings_with_which_copying_makes_sense_are_taken() -> None:
+    last: dict[str, Any] = {"neighbor_part": "continuation", "neighbor_len": 1, "final_copy_share": 0.9}
+    for settings in (last, {"copy_share": 0.9}, {"neighbor_part": "chunk", "neighbor_len": 3}):
+        RunConfig(model=toy_model_config(), train=TrainConfig(**settings))
+
+
+def test_the_share_goes_from_the_first_step_to_the_last_on_a_line() -> None:
+    config = TrainConfig(copy_share=0.25, final_copy_share=0.05, steps=5)
+    assert [config.copy_share_at(step) for step in range(1, 6)] == pytest.approx(
+        [0.25, 0.2, 0.15, 0.1, 0.05], rel=1e-12
+    )
+    assert config.copy_share_at(5) == 0.05
+    assert TrainConfig(copy_share=0.25, steps=1).copy_share_at(1) == 0.25
+
+
+def test_a_decoder_without_retrieval_reads_the_same_tokens_in_the_same_order(
+    corpora: list[TrainingData], many: tuple[list[ToyDocument], TrainingData]
+) -> None:
+    everything = [*corpora, many[1]]
+    small, baseline = (
+        Mixture([open_batches(data, seed=corpus_seed(5, n), num_neighbors=k) for n, data in enumerate(everything)])
+        for k in (K, 0)
+    )
+    n = 2 * small.sequences_per_epoch + 3  # into the third epoch
+    ours = small.batch(0, n, neighbor_dropout=0.1, copy_share=0.25).tensors()
+    theirs = baseline.batch(0, n).tensors()
+    assert theirs.keys() == ours.keys() - {"neighbors_BLKR", "keep_BLKR"}
+    assert_close({name: ours[name] for name in theirs}, theirs, rtol=0, atol=0)
 
 
 # --- prefetching --------------------------------------------------------------------------------------------------
