@@ -518,6 +518,62 @@ def data(
         typer.echo(f"{out}: " + ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in shown.items()))
 
 
+def questions(
+    files: Annotated[
+        list[str], typer.Argument(help="JSON lines of questions and answers, or of messages.", metavar="FILE...")
+    ],
+    tokenizer: Annotated[str, typer.Option(help="Of the model: a folder, a tokenizer.json, or a name on the hub.")],
+    index: Annotated[Path, typer.Option(help="Index that the passages come from.")],
+    out: Annotated[Path, typer.Option(help="Folder of the question data.")],
+    k: Annotated[int, typer.Option("-k", help="Passages that are looked up for a question.")] = 20,
+    method: Method = "hybrid",
+    where: Where = None,
+    others: Annotated[
+        float, typer.Option(help="Keep so many questions that no passage answers for each one that some passage does.")
+    ] = 1.0,
+    valid_share: Annotated[float, typer.Option(help="Held out where records name no split.")] = 0.02,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave out the questions of this file, of a test set.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many records of each file.")] = None,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make data to train answering on: questions (or conversations) with the passages that are found for them.
+
+    Records have `question` and `answers`; of a passage that holds an answer, its own words are what the model is to say. Records
+    with `messages`, a list of roles and contents, train `task = "chat"`. Run again, an interrupted run goes on.
+
+    \b
+    Examples:
+      retro questions nq_dev.jsonl webq_train.jsonl --tokenizer wiki.tok --index wiki.index --out qa.questions
+      retro questions talks.jsonl --tokenizer wiki.tok --index wiki.index -k 4 --out chat.questions
+    """
+    from index_builder.questions import QuestionConfig, build_questions
+    from index_builder.search import METHODS, IndexRetriever
+    from retro.tokenizer import Tokenizer
+
+    config = QuestionConfig(
+        num_passages=k, where=where, others=others, valid_share=valid_share, exclude=tuple(exclude or ()), limit=limit
+    )
+    opened = Tokenizer.load(tokenizer)
+    retriever = IndexRetriever.open(
+        index, device=resolve_devices(device), method=choice(method, METHODS, "--retriever")
+    )
+    with bars() as progress:
+        manifest = build_questions(
+            files, out, tokenizer=opened, retriever=retriever, config=config, overwrite=overwrite, progress=progress
+        )
+    report = {
+        "out": str(out),
+        **manifest["questions"],
+        "passages": manifest["passages"],
+        "too_long": manifest["too_long"],
+    }
+    print_report(report, as_json)
+
+
 # --- shared by the commands ---------------------------------------------------------------------------------------
 
 

@@ -27,8 +27,8 @@ from retro.mixture import Mixture, Turns
 from retro.tokenizer import Tokenizer
 
 KIND = "question data"
-PROMPT_CHUNKS = 2
-"""Chunks that a prompt may fill; longer ones are left out of question data, and counted."""
+LONGEST_PROMPT = 512
+"""Tokens; questions with longer prompts are left out of question data, and counted."""
 _TOKENIZED_AT_ONCE = 4096
 # The last number of a generator's seed: what it draws.
 _DROPOUT, _CHOICE, _ORDER, _SHUFFLE = 1, 2, 3, 4
@@ -193,7 +193,7 @@ class QuestionWriter:
         self._waiting: list[str] = []
         self._passages = 0
         self.too_long = 0
-        """Questions left out because their prompts fill more than `PROMPT_CHUNKS` chunks of 64 tokens."""
+        """Questions left out because their prompts have more than `LONGEST_PROMPT` tokens."""
 
     def __enter__(self) -> "QuestionWriter":
         return self
@@ -223,6 +223,7 @@ class QuestionWriter:
         split: str,
         group: str = "",
         own: int | None = None,
+        prompt: str | None = None,
     ) -> bool:
         """Adds a question; returns False for one that is left out, its prompt being too long.
 
@@ -234,12 +235,13 @@ class QuestionWriter:
             split: train, valid or test.
             group: Relation or data set.
             own: The passage that the question was made of.
+            prompt: The text before the answer, as of a conversation. Default: the prompt of the question.
         """
-        prompt = prompt_ids(question_prompt(question), self.tokenizer)
-        if len(prompt) > PROMPT_CHUNKS * 64:
+        ids = prompt_ids(question_prompt(question) if prompt is None else prompt, self.tokenizer)
+        if len(ids) > LONGEST_PROMPT:
             self.too_long += 1
             return False
-        self._append("prompt", prompt)
+        self._append("prompt", ids)
         numbers: dict[str, int] = {}
 
         def number(text: str) -> int:
