@@ -320,6 +320,118 @@ def retrieval(
     _show(record, units, out, as_json=as_json)
 
 
+@eval_app.command("qa")
+def qa(
+    model: Annotated[Path, typer.Argument(help="Folder of a model of ours.")],
+    questions: Annotated[
+        list[Path],
+        typer.Option(help="JSON lines of `question` and `answers` (and id, relation, gold); again: and of these."),
+    ],
+    index: IndexPath = None,
+    modes: Annotated[
+        str, typer.Option(help="Of retrieval, shuffled, closed, gold, prompt and frequent; default: all that can be.")
+    ] = "",
+    method: Method = "hybrid",
+    k: Annotated[int, typer.Option("-k", help="Passages that are read; 0: none.")] = 10,
+    neighbor_len: Annotated[int, typer.Option(help="Tokens of a passage that are read.")] = 160,
+    where: Where = None,
+    gold_index: Annotated[
+        Path | None, typer.Option(help="Index of the documents that questions name, if it is another one.")
+    ] = None,
+    gold_corpus: Annotated[
+        list[str] | None, typer.Option(help="TAG=NAME: what a corpus that `gold` names is called in the index.")
+    ] = None,
+    prompt_model: Annotated[
+        str | None, typer.Option(help="Causal LM of Hugging Face; the passages are pasted into its prompt.")
+    ] = None,
+    train_questions: Annotated[
+        list[Path] | None, typer.Option(help="Questions of whose relations the most frequent answers are taken.")
+    ] = None,
+    group_field: Annotated[str, typer.Option(help="Field of a question's relation.")] = "relation",
+    choose_threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Save the smallest confidence from which on this share (0 to 1) of the answers is right into the model's folder."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many questions of each file, evenly spaced.")] = None,
+    on_error: Annotated[str, typer.Option(help="stop, or skip: leave lines out that cannot be scored.")] = "stop",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 16,
+    seed: Seed = 0,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Exact match and F1 of answers: with the passages found, others', none, the right document's, and pasted into a prompt.
+
+    With --out, what was said is kept as JSON lines in `predictions`; interrupted, the same command goes on there.
+
+    \b
+    Examples:
+      retro eval qa small.model --questions nq_open_dev.jsonl.xz --index wiki.index --out report
+      retro eval qa small.model --questions squad.jsonl --questions webq.jsonl --index wiki.index --prompt-model gpt2
+      retro eval qa small.model --questions dev.jsonl --index wiki.index --modes retrieval --choose-threshold 0.5
+    """
+    from eval.predictions import MODES, QaConfig
+    from eval.qa_record import save_chosen_threshold
+    from eval.question_answering import Prompted, measure_answers, open_model
+    from eval.questions import read_questions
+
+    skip_bad = choice(on_error, ("stop", "skip"), "--on-error") == "skip"
+    if choose_threshold is not None and not 0 < choose_threshold <= 1:
+        raise typer.BadParameter("must be a share above 0, at most 1", param_hint="--choose-threshold")
+    tags = dict(_pair(text, "--gold-corpus") for text in gold_corpus or [])
+    config = QaConfig(
+        modes=tuple(choice(name.strip(), MODES, "--modes") for name in modes.split(",") if name.strip()),
+        num_neighbors=k,
+        neighbor_len=neighbor_len,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    asked, notes = read_questions(questions, limit=limit, skip_bad=skip_bad, group_field=group_field, corpora=tags)
+    training = read_questions(train_questions, skip_bad=True, group_field=group_field)[0] if train_questions else []
+    places = resolve_devices(device)
+    opened = open_model(model, places)
+    prompted = None
+    if prompt_model is not None:
+        from retro.prompted import PromptedModel
+
+        prompted = Prompted(name=prompt_model, model=PromptedModel.open(prompt_model, device=places))
+    with bars() as progress:
+        record, units, lines = measure_answers(
+            opened,
+            asked,
+            config,
+            retriever=None if index is None or k == 0 else _retriever(index, places, method, where),
+            gold=None if gold_index is None else _retriever(gold_index, places, "dense", None),
+            prompted=prompted,
+            training=training,
+            skip_bad=skip_bad,
+            out=out,
+            overwrite=overwrite,
+            notes=notes,
+            progress=progress,
+        )
+    _show(record, units, out, as_json=as_json)
+    if choose_threshold is not None:
+        chosen = save_chosen_threshold(model, lines, choose_threshold, ", ".join(path.name for path in questions))
+        typer.echo(
+            f"{model}: below a confidence of {chosen.min_confidence:.4f} it does not know; it answers "
+            f"{100 * chosen.coverage:.1f}% of these questions, {100 * chosen.accuracy:.1f}% of them right",
+            err=True,
+        )
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not (name and sign and value):
+        raise typer.BadParameter("must be TAG=NAME", param_hint=option)
+    return name, value
+
+
 @eval_app.command("training")
 def training(
     model: Annotated[Path, typer.Argument(help="Folder of a model.", exists=True)],
