@@ -18,6 +18,11 @@ from retro.errors import ConfigError, MismatchError
 from retro.model import Retro
 from retro.tokenizer import Tokenizer
 
+PREFILL_SLOTS = 1 << 14
+"""Of new prompts, those are read in one call that have together at most so many slots, or one: it bounds memory, and how long the
+others wait."""
+WINDOW = 8
+"""Tokens of a prompt that are decoded together with the first new one: a character may be spread over four."""
 Role = Literal["document", "query"]
 """How a text is encoded: chunks are documents, whether stored or used as queries; people's questions are queries."""
 
@@ -73,6 +78,8 @@ class Generation:
     """Whether EOS came before max_new_tokens."""
     retrieved: dict[int, list[Passage]] = field(default_factory=dict)
     """Passages that were looked up, by the chunk they were looked up for."""
+    alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
+    """For each token the most probable ones at its place, with their log-probabilities; where they were asked for."""
 
 
 def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
@@ -217,10 +224,26 @@ def generate(
                 decoder.add(prompt, config, None if on_token is None else functools.partial(on_token, number))
             rows = list(decoder.rows)
             while decoder.rows:
-                decoder.step()
+                for row in decoder.step():
+                    if row.error is not None:
+                        raise row.error
     finally:
         model.train(was_training)
     return [row.result for row in rows]
+
+
+@dataclass(slots=True)
+class Told:
+    """How far a row's text is known, so that a new token costs the decoding of the last few tokens and not of all."""
+
+    start: int
+    """The first of the tokens that are decoded together with new ones: what a token says may depend on the one before."""
+    end: int
+    """Tokens before this one end in a whole character, and their text is known."""
+    chars: int = 0
+    """Length of the text of the tokens from `start` to `end`."""
+    text: str = ""
+    """Of the row's own tokens before `end`."""
 
 
 @dataclass(slots=True, eq=False)
@@ -235,11 +258,16 @@ class Row:
     """All tokens so far; the network has seen all but the last, and of a new row none."""
     lead: int
     """Empty slots before the first token, so that the prompt ends on a chunk border."""
+    retriever: Retriever | None
+    num_alternatives: int
+    told: "Told"
     result: Generation = field(default_factory=lambda: Generation("", [], [], False))
     search: "Future[list[list[Passage] | None]] | None" = None
     """Of the neighbors that the next call needs."""
     first_result: int = 0
     """Where the row's passages begin in the result of the search, which may be for several rows."""
+    error: Exception | None = None
+    """Why the row ended without a result: its search failed."""
 
     @property
     def new(self) -> bool:
@@ -283,28 +311,43 @@ class Decoder:
         """Ends the thread that searches; nothing may be asked of the decoder afterwards."""
         self._searcher.shutdown(cancel_futures=True)
 
-    def add(self, prompt: Prompt, config: GenerateConfig, on_text: Callable[[str], None] | None = None) -> Row:
+    def add(
+        self,
+        prompt: Prompt,
+        config: GenerateConfig,
+        on_text: Callable[[str], None] | None = None,
+        *,
+        retriever: Retriever | None = None,
+        num_alternatives: int = 0,
+    ) -> Row:
         """Takes in a prompt that is not empty; its first token comes with one of the next steps.
 
         Args:
             prompt: See Prompt.
             config: See GenerateConfig.
             on_text: Called with each new piece of text.
+            retriever: Asked for this prompt instead of the decoder's; prompts with equal ones (`==`) are looked up together.
+            num_alternatives: How many of the most probable tokens are noted at each place.
         """
         lead = -len(prompt.ids) % self.model.config.chunk_len
-        row = Row(prompt, config, on_text, torch.Generator().manual_seed(config.seed), list(prompt.ids), lead)
+        generator = torch.Generator().manual_seed(config.seed)
+        start = max(len(prompt.ids) - WINDOW, 0)
+        told = Told(start, len(prompt.ids), len(self.tokenizer.decode(prompt.ids[start:])))
+        asked = self.retriever if retriever is None else retriever
+        row = Row(prompt, config, on_text, generator, list(prompt.ids), lead, asked, num_alternatives, told)
         self.rows.append(row)
         return row
 
-    def remove(self, row: Row) -> None:
-        """Drops a row that has not ended."""
-        self._keep([other is not row for other in self.rows])
+    def remove(self, *rows: Row) -> None:
+        """Drops rows that have not ended."""
+        self._keep([all(other is not row for row in rows) for other in self.rows])
 
     def step(self) -> list[Row]:
         """Brings every row that need not wait for a search one token further, or new ones to their first.
 
         Returns:
-            The rows that have ended by it: by EOS or by their greatest length. Their results are complete.
+            The rows that have ended by it: by EOS or by their greatest length, their results complete; or by the error of their
+            search.
         """
         if not self.rows:
             return []
@@ -313,9 +356,12 @@ class Decoder:
         if not any(ready):
             wait([row.search for row in self.rows if row.search is not None], return_when=FIRST_COMPLETED)
             ready = [row.search is None or row.search.done() for row in self.rows]
+        ended = self._failed()
+        if ended:
+            ready = [is_ready for row, is_ready in zip(self.rows, ready, strict=True) if row.error is None]
+            self.remove(*ended)
         old, new = self.rows[: self._in_cache], self.rows[self._in_cache :]
-        begun = [row for row, is_ready in zip(new, ready[len(old) :], strict=True) if is_ready]
-        ended: list[Row] = []
+        begun = _fitting([row for row, is_ready in zip(new, ready[len(old) :], strict=True) if is_ready])
         with torch.inference_mode():
             if any(ready[: len(old)]):
                 logits_BV = self._forward(old, ready[: len(old)], self._cache)
@@ -327,27 +373,38 @@ class Decoder:
                 self._cache.join(cache)
                 self._in_cache += len(begun)
                 self.rows = [*old, *begun, *(row for row in new if row not in begun)]
-            self._keep([row not in ended for row in self.rows])
+            if ended:
+                self._keep([row not in ended for row in self.rows])
         return ended
 
+    def _failed(self) -> list[Row]:
+        """Rows whose search has failed; they are told why."""
+        failed = []
+        for row in self.rows:
+            if row.search is not None and row.search.done() and (error := row.search.exception()) is not None:
+                row.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
+                failed.append(row)
+        return failed
+
     def _begin_searches(self) -> None:
-        """Asks for the passages of all rows that finish a chunk with the next call: one search for each number of neighbors."""
+        """Asks for the passages of all rows that finish a chunk with the next call: one search for each number of neighbors and
+        each retriever."""
         M = self.model.config.chunk_len
-        chunks: dict[int, list[tuple[list[int], int, int]]] = {}
-        asking: dict[int, list[Row]] = {}
+        chunks: dict[tuple[int, Retriever | None], list[tuple[list[int], int, int]]] = {}
+        asking: dict[tuple[int, Retriever | None], list[Row]] = {}
         for row in self.rows:
             K = row.config.num_neighbors
             if K == 0 or row.search is not None or row.prompt.passages is not None:
                 continue
             ending = row.ending(M)
             if ending:
-                spans = chunks.setdefault(K, [])
+                spans = chunks.setdefault((K, row.retriever), [])
                 row.first_result = len(spans)
                 spans += [(list(row.ids), max(c * M - row.lead, 0), (c + 1) * M - row.lead) for c in ending]
-                asking.setdefault(K, []).append(row)
-        for K, rows in asking.items():
-            assert self.retriever is not None
-            search = self._searcher.submit(find_passages, self.tokenizer, self.retriever, K, chunks[K])
+                asking.setdefault((K, row.retriever), []).append(row)
+        for (K, retriever), rows in asking.items():
+            assert retriever is not None
+            search = self._searcher.submit(find_passages, self.tokenizer, retriever, K, chunks[K, retriever])
             for row in rows:
                 row.search = search
 
@@ -400,13 +457,24 @@ class Decoder:
         """Takes the next token of the rows that were ready; returns those that end by it."""
         wide = torch.promote_types(logits_BV.dtype, torch.float32)
         log_probs_BV = torch.log_softmax(logits_BV.to(wide), dim=-1).cpu()
+        tokens = log_probs_BV.argmax(dim=-1).tolist()
+        for number, (row, is_ready) in enumerate(zip(rows, ready, strict=True)):
+            if is_ready and row.config.temperature > 0:
+                tokens[number] = sample(log_probs_BV[number], row.config, row.generator)
+        chosen = log_probs_BV.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+        most = max(row.num_alternatives for row in rows)
+        top = None if most == 0 else log_probs_BV.topk(min(most, log_probs_BV.shape[1]), dim=-1)
         ended = []
-        for row, is_ready, log_probs_V in zip(rows, ready, log_probs_BV, strict=True):
+        for number, (row, is_ready) in enumerate(zip(rows, ready, strict=True)):
             if not is_ready:
                 continue
-            token = sample(log_probs_V, row.config, row.generator)
+            token = tokens[number]
             row.result.ids.append(token)
-            row.result.log_probs.append(float(log_probs_V[token]))
+            row.result.log_probs.append(chosen[number])
+            if top is not None and row.num_alternatives:
+                n = row.num_alternatives
+                found = zip(top.indices[number, :n].tolist(), top.values[number, :n].tolist(), strict=True)
+                row.result.alternatives.append(list(found))
             row.ids.append(token)
             row.result.finished = token == self.tokenizer.eos_id
             over = row.result.finished or len(row.result.ids) == row.config.max_new_tokens
@@ -418,9 +486,14 @@ class Decoder:
 
     def _tell(self, row: Row, over: bool) -> None:
         """Brings the text up to the tokens, and tells whoever listens; a character that is not finished waits."""
-        prompt = len(row.prompt.ids)
-        text = self.tokenizer.decode(row.ids)[len(self.tokenizer.decode(row.ids[:prompt])) :]
-        text = text if over else text.rstrip("\ufffd")
+        told = row.told
+        text = told.text + self.tokenizer.decode(row.ids[told.start :])[told.chars :]
+        whole = text.rstrip("\ufffd")
+        if whole == text:
+            told.start, told.end, told.text = told.end, len(row.ids), text
+            told.chars = len(self.tokenizer.decode(row.ids[told.start :]))
+        if not over:
+            text = whole
         if row.on_text is not None and len(text) > len(row.result.text):
             row.on_text(text[len(row.result.text) :])
         if over or len(text) > len(row.result.text):
@@ -436,6 +509,16 @@ class Decoder:
                 self._cache = Cache()
         self.rows = [row for row, is_wanted in zip(self.rows, wanted, strict=True) if is_wanted]
         self._in_cache = len(in_cache)
+
+
+def _fitting(rows: list[Row]) -> list[Row]:
+    """The first of new rows that are read in one call: a batch is as wide as its longest row."""
+    longest = 0
+    for count, row in enumerate(rows, 1):
+        longest = max(longest, len(row.ids))
+        if count > 1 and count * longest > PREFILL_SLOTS:
+            return rows[: count - 1]
+    return rows
 
 
 def sample(log_probs_V: Tensor, config: GenerateConfig, generator: torch.Generator) -> int:
