@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from eval.cli import eval_app
-from index_builder.cli import data, index_app, plan_app, tokenizer_app
+from index_builder.cli import data, index_app, plan_app, questions, tokenizer_app
 from retro.errors import ConfigError, RetroError
 from retro.terminal import (
     SETTINGS,
@@ -26,7 +26,6 @@ from retro.terminal import (
     parse_bytes,
     passage_json,
     print_json,
-    print_passages,
     print_report,
     resolve_devices,
     train_bar,
@@ -46,6 +45,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(plan_app, name="plan")
 app.add_typer(eval_app, name="eval")
 app.command("data")(data)
+app.command("questions")(questions)
 
 
 # --- plan ---------------------------------------------------------------------------------------------------------
@@ -249,42 +249,59 @@ def generate(
 
 @app.command("ask")
 def ask(
-    question: Annotated[str, typer.Argument(help="A question.")],
     model: ModelPath,
+    question: Annotated[
+        str | None, typer.Argument(help="A question. Without one: those that are typed, or piped in, one a line.")
+    ] = None,
     index: IndexPath = None,
-    k: Annotated[int, typer.Option("-k", help="Passages to read; 0 answers without.")] = 10,
+    k: Annotated[int, typer.Option("-k", min=0, help="Passages to read; 0 answers without.")] = 10,
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="retro: passages are read by cross-attention; prompt: they are pasted into the prompt of any causal language "
+            "model of Hugging Face (--model NAME or folder), untrained; closed: there are none, as with -k 0."
+        ),
+    ] = "retro",
     method: Method = "dense",
     where: Where = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
+    min_confidence: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Below it the answer is I don't know [the one chosen for the model, else 0]."),
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Answer a question and show the passages the answer came from.
+    """Answer questions and show the passages the answers came from, each with its share of the model's attention.
+
+    Without a question, those are answered that are typed on the terminal (:help lists what else can be typed there), or
+    piped in, one a line; with --json each makes a line of JSON.
 
     \b
-    Example:
+    Examples:
       retro ask --model wiki.model --index wiki.index "When did the 1973 oil crisis begin?" -k 5
+      cat questions.txt | retro ask --model wiki.model --index wiki.index --json > answers.jsonl
     """
-    from retro.answer import NEIGHBOR_LEN, question_prompt
-    from retro.answer import ask as run_ask
-    from retro.config import GenerateConfig
+    from retro.answer import answer_config, question_prompt
+    from retro.asking import MODES, Asker
 
-    question_prompt(question)
-    settings = GenerateConfig(num_neighbors=k, neighbor_len=NEIGHBOR_LEN, max_new_tokens=max_new_tokens)
-    loaded, tokenizer, retriever = _open_model(model, index if k > 0 else None, resolve_devices(device), method, where)
-    answer = run_ask(loaded, tokenizer, question, retriever=retriever, config=settings)
-    if as_json:
-        print_json(
-            {
-                "question": question,
-                "answer": answer.text,
-                "confidence": round(answer.confidence, 4),
-                "passages": [passage_json(p) for p in answer.passages],
-            }
-        )
-        return
-    typer.echo(f"{answer.text}   (confidence {answer.confidence:.2f})\n")
-    print_passages(answer.passages)
+    choice(mode, MODES, "--mode")
+    if question is not None:
+        question_prompt(question)
+    config = answer_config(0 if mode == "closed" else k, max_new_tokens)
+    if config.num_neighbors and index is None:
+        raise ConfigError("finding passages needs an index: name one, or ask without (-k 0)")
+    opened = index if config.num_neighbors else None
+    answerer = _open_answerer(model, opened, resolve_devices(device), method, where, pasted=mode == "prompt")
+    asker = Asker(config=config, as_json=as_json, **answerer)
+    if min_confidence is not None:
+        asker.min_confidence = min_confidence
+    if question is not None:
+        asker.ask_once(question)
+    elif sys.stdin.isatty():
+        asker.converse()
+    elif not asker.ask_each(sys.stdin):
+        raise typer.Exit(1)
 
 
 # --- demo, env ----------------------------------------------------------------------------------------------------
@@ -419,9 +436,47 @@ def _open_model(model: Path, index: Path | None, device: str, method: str, where
     from retro.checkpoint import load_model
 
     loaded, tokenizer, _ = load_model(model, device)
-    if index is None:
-        return loaded, tokenizer, None
+    return loaded, tokenizer, None if index is None else _open_retriever(index, device, method, where)
+
+
+def _open_answerer(
+    model: Path, index: Path | None, device: str, method: str, where: str | None, *, pasted: bool
+) -> dict[str, Any]:
+    """What answers questions, as `retro.asking.Asker` takes it."""
+    import functools
+
+    parts: dict[str, Any]
+    if pasted:
+        from retro.prompted import PromptedModel
+
+        parts = {"answer_many": PromptedModel.open(model, device=device).ask_many}
+        retriever = None if index is None else _open_retriever(index, device, method, where)
+    else:
+        from retro.answer import ask_many
+        from retro.attribution import explain
+        from retro.threshold import load_threshold
+
+        loaded, tokenizer, retriever = _open_model(model, index, device, method, where)
+        chosen = load_threshold(model)
+        parts = {
+            "answer_many": functools.partial(ask_many, loaded, tokenizer),
+            "explain": functools.partial(explain, loaded, tokenizer),
+            "min_confidence": 0.0 if chosen is None else chosen.min_confidence,
+        }
+    if retriever is None:
+        return parts
+
+    def search_by(name: str) -> None:
+        from index_builder.search import METHODS
+
+        if name not in METHODS:
+            raise ConfigError(f"retriever {name!r} is unknown: use {', '.join(METHODS)}")
+        retriever.method = name
+
+    return parts | {"retriever": retriever, "set_method": search_by}
+
+
+def _open_retriever(index: Path, device: str, method: str, where: str | None) -> Any:
     from index_builder.search import METHODS, IndexRetriever
 
-    retriever = IndexRetriever.open(index, device=device, method=choice(method, METHODS, "--retriever"), where=where)
-    return loaded, tokenizer, retriever
+    return IndexRetriever.open(index, device=device, method=choice(method, METHODS, "--retriever"), where=where)
