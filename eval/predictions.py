@@ -53,8 +53,8 @@ Passages = list[Passage]
 class QaConfig:
     """How questions are asked."""
 
-    modes: tuple[Mode, ...]
-    """Columns of the table."""
+    modes: tuple[Mode, ...] = ()
+    """Columns of the table; none: all that there is what they need for."""
     num_neighbors: int = 10
     """Passages that are read; 0: none, whatever the mode."""
     neighbor_len: int = 160
@@ -69,12 +69,8 @@ class QaConfig:
     def __post_init__(self) -> None:
         if unknown := [mode for mode in self.modes if mode not in MODES]:
             raise ConfigError(f"mode {unknown[0]!r} is unknown: use {', '.join(MODES)}")
-        if not self.modes or self.num_neighbors < 0 or self.batch_size < 1:
-            raise ConfigError(
-                "there must be a mode, num_neighbors must not be negative, and batch_size must be above 0"
-            )
-        if self.num_neighbors == 0 and (reading := [m for m in self.modes if m not in ("closed", "frequent")]):
-            raise ConfigError(f"without passages (-k 0) there is no mode {reading[0]!r}: use --modes closed")
+        if self.num_neighbors < 0 or self.batch_size < 1:
+            raise ConfigError("num_neighbors must not be negative, and batch_size must be above 0")
 
     @property
     def generation(self) -> GenerateConfig:
@@ -334,10 +330,10 @@ class Asking:
         Returns:
             Plain data of each question: id, data set, question, accepted answers, group, passages found (key, row, score), `rank`
             of the first one with an answer (from 1; None: none of them), `gold_rank` (that of the first one of a document that the
-            question names), and what each mode said, with its exact match, F1 and cost.
+            question names), seconds of the search, and what each mode said, with its exact match, F1 and cost.
         """
         total, size = len(self.questions), self.config.batch_size
-        if len(predictions.lines) != total:
+        if len(predictions.lines) < total:
             predictions.cut(len(predictions.lines) // size * size)
         for start in range(len(predictions.lines), total, size):
             numbers = range(start, min(start + size, total))
@@ -374,6 +370,7 @@ class Asking:
             line["passages"] = [{"key": p.key, "row": p.row, "score": p.score} for p in passages]
             place = first_with_answer([p.full_text for p in passages], question.answers)
             line["rank"] = None if place is None else place + 1
+            line["search_seconds"] = self.found.seconds
             if self.gold is not None:
                 keys = self.gold.keys(number)
                 texts = [p.full_text if p.key in keys else "" for p in passages]

@@ -46,7 +46,6 @@ def qa_record(
     lines: Sequence[Line],
     *,
     num_read: int,
-    search_s: float | None = None,
     configuration: Mapping[str, Any],
     fingerprints: Mapping[str, str],
     notes: Sequence[str] = (),
@@ -59,7 +58,6 @@ def qa_record(
         name: Of the model.
         lines: See `Asking.run`; one at least.
         num_read: Passages that were read of each question; 0: none.
-        search_s: Seconds that finding the passages of a question took.
         configuration: See Record, as the next ones.
         fingerprints: Of model, index and questions.
         notes: What a reader must know besides.
@@ -79,7 +77,7 @@ def qa_record(
         if len(table.data_sets) > 1:
             figures |= table.scores(f" on {data_set}", numbers)
     figures |= table.areas()
-    figures |= table.costs(search_s)
+    figures |= table.costs()
     rows = {
         "By data set, and by what was found": table.by_part(),
         "Retrieval against the others": table.differences,
@@ -107,7 +105,7 @@ class _Table:
     def __init__(self, lines: Sequence[Line], num_read: int, seed: int) -> None:
         self._lines, self._num_read, self._seed = lines, num_read, seed
         self.modes = [mode for mode in MODES if any(mode in line["modes"] for line in lines)]
-        self._values = {
+        self._values: dict[tuple[str, str], Floats] = {
             (mode, score): np.array([line["modes"].get(mode, {}).get(field, np.nan) for line in lines], float)
             for mode in self.modes
             for score, field in _SCORES.items()
@@ -122,8 +120,9 @@ class _Table:
 
     def _of(self, mode: str, score: str, numbers: Sequence[int]) -> Floats:
         """Scores of those of some questions that a mode answered."""
-        values_N = self._values[mode, score][np.asarray(numbers, np.int64)]
-        return values_N[~np.isnan(values_N)]
+        values_N: Floats = self._values[mode, score][np.asarray(numbers, np.int64)]
+        found_N: Floats = values_N[~np.isnan(values_N)]
+        return found_N
 
     def _percent(self, values_N: Floats) -> Figure:
         if not len(values_N):
@@ -270,22 +269,23 @@ class _Table:
             )
         if self.looked_up:
             ks = tuple(sorted({k for k in (*_RECALLS, self.depth) if k <= self.depth}))
-            places = [None if line["rank"] is None else line["rank"] - 1 for line in self._lines]
+            firsts = [None if line["rank"] is None else line["rank"] - 1 for line in self._lines]
             curves["Answer recall"] = Curve(
                 x_label="k",
                 y_label="recall@k, %",
                 x=ks,
-                series={"passages found": tuple(100 * answer_recall(places, k) for k in ks)},
+                series={"passages found": tuple(100 * answer_recall(firsts, k) for k in ks)},
                 log_x=True,
             )
         return curves
 
-    def costs(self, search_s: float | None) -> dict[str, Figure]:
+    def costs(self) -> dict[str, Figure]:
         """Seconds and tokens of a question, means."""
         figures = {}
-        if search_s is not None:
+        if self.looked_up:
+            searching = [line["search_seconds"] for line in self._lines]
             figures["seconds of a question, finding passages"] = Figure(
-                value=search_s, unit="s", count=len(self._lines)
+                value=float(np.mean(searching)), unit="s", count=len(searching)
             )
         for name, field, unit in (
             ("seconds of a question", "seconds", "s"),

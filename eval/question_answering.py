@@ -97,7 +97,8 @@ def measure_answers(
     predictions = Predictions(out, opened.name, recipe, overwrite=overwrite)
     with contextlib.nullcontext() if predictions.folder is None else writing(predictions.folder):
         found = None
-        if retriever is not None and config.num_neighbors > 0 and set(modes) & {"retrieval", "shuffled", "prompt"}:
+        incomplete = len(predictions.lines) < len(asked)
+        if incomplete and retriever is not None and set(modes) & {"retrieval", "shuffled", "prompt"}:
             found = Found(retriever, asked, config.num_neighbors, seed=config.seed, progress=progress)
         asking = Asking(
             questions=asked,
@@ -114,7 +115,6 @@ def measure_answers(
         opened.name,
         lines,
         num_read=config.num_neighbors,
-        search_s=None if found is None else found.seconds,
         configuration=recipe["configuration"]
         | {"batch_size": config.batch_size, "predictions": predictions.folder and str(predictions.folder)},
         fingerprints=fingerprints,
