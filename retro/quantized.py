@@ -22,7 +22,7 @@ SCALE = "_scale"
 _LARGEST = 127
 """-128 is not used, so that a weight and its negative are rounded alike."""
 _HEADER_BYTES = 128
-"""More than a file's header says of one tensor, but for its name."""
+"""More than the header of a file takes for one tensor besides its name, and for the file itself."""
 
 
 def quantize_rows(x_OI: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,25 +100,20 @@ def shards(tensors: Mapping[str, Tensor], max_bytes: int | None) -> tuple[dict[s
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    limit = max(total, 1)
-    if max_bytes is not None:
-        header = _HEADER_BYTES + sum(len(name.encode()) + _HEADER_BYTES for name in tensors)
-        limit = max_bytes - header
-        name, largest = max(((name, tensor.nbytes) for name, tensor in tensors.items()), key=lambda item: item[1])
-        if largest > limit:
-            needed = -(-(largest + header) // (1 << 20))
-            raise ConfigError(
-                f"files of at most {max_bytes:,} bytes cannot hold {name}, which takes {largest:,} of them besides a header of "
-                f"up to {header:,}: allow {needed} MiB, or store the weights in fewer bits"
-            )
+    sizes = {name: tensor.nbytes + len(name.encode()) + _HEADER_BYTES for name, tensor in tensors.items()}
+    limit = sum(sizes.values()) if max_bytes is None else max_bytes - _HEADER_BYTES
+    largest = max(sizes, key=lambda name: sizes[name])
+    if sizes[largest] > limit:
+        raise ConfigError(
+            f"files of at most {max_bytes:,} bytes cannot hold {largest}, which needs {sizes[largest] + _HEADER_BYTES:,} with its "
+            f"header: allow {-(-(sizes[largest] + _HEADER_BYTES) // 1024):,}KiB, or store the weights in fewer bits"
+        )
+    pattern = "model{suffix}.safetensors"
     split = split_state_dict_into_shards_factory(
-        dict(tensors),
-        get_storage_size=lambda tensor: tensor.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=limit,
+        sizes, get_storage_size=int, filename_pattern=pattern, max_shard_size=limit
     )
     files = {file: {name: tensors[name] for name in names} for file, names in split.filename_to_tensors.items()}
+    total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
     return files, index if len(files) > 1 else {}
 

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from retro.artifact import MANIFEST, read_manifest, write_manifest
 from retro.checkpoint import (
     CONFIG,
+    INDEX,
     KIND,
     TRAINING,
     WEIGHTS,
@@ -29,6 +30,7 @@ from retro.checkpoint import (
 )
 from retro.config import TrainConfig
 from retro.errors import FormatError, MismatchError, StorageError
+from retro.export import export_model
 from retro.model import Retro
 from retro.tokenizer import Tokenizer
 from retro.train import make_optimizer
@@ -131,6 +133,124 @@ def test_a_config_of_something_else_is_refused(saved: Path) -> None:
     rewrite_manifest(saved)
     with pytest.raises(FormatError, match="not that of a model"):
         load_model(saved)
+
+
+# --- weights in fewer bits and in several files -------------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded(saved: Path, tmp_path: Path) -> Path:
+    """The model in 8 bits and at least three files."""
+    export_model(saved, tmp_path / "narrow.model", weights="int8", max_shard_bytes=9_000)
+    assert len(list((tmp_path / "narrow.model").glob("model-*.safetensors"))) >= 3
+    return tmp_path / "narrow.model"
+
+
+@pytest.mark.parametrize("max_shard_bytes", [None, 25_000])
+@pytest.mark.parametrize("tied", [True, False])
+def test_float32_weights_are_the_same_bit_for_bit_in_any_number_of_files(
+    max_shard_bytes: int | None, tied: bool, tmp_path: Path
+) -> None:
+    model = make_model(tie_embeddings=tied)
+    save_model(tmp_path / "m", model, toy_tokenizer())
+    made = export_model(tmp_path / "m", tmp_path / "e", weights="float32", max_shard_bytes=max_shard_bytes)
+    assert (made.files > 1) == (max_shard_bytes is not None)
+    loaded, tokenizer, info = load_model(tmp_path / "e")
+    assert tokenizer.fingerprint == toy_tokenizer().fingerprint
+    assert (info["stored_weights"], info["dtype"]) == ("float32", "float32")
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_a_table_that_is_input_and_output_is_stored_once(saved: Path, tmp_path: Path) -> None:
+    made = export_model(saved, tmp_path / "e", weights="bfloat16")
+    stored = safetensors.torch.load_file(tmp_path / "e" / WEIGHTS)
+    table = make_model().embedding.weight
+    assert [name for name, tensor in stored.items() if tensor.shape == table.shape] == ["embedding.weight"]
+    parameters = sum(p.numel() for p in make_model().parameters())
+    assert sum(tensor.nbytes for tensor in stored.values()) == 2 * parameters
+    assert made.weights_bytes == (tmp_path / "e" / WEIGHTS).stat().st_size < made.source_weights_bytes / 2 + 8192
+
+
+def test_bfloat16_weights_are_opened_as_torch_rounds_them(saved: Path, tmp_path: Path) -> None:
+    export_model(saved, tmp_path / "e", weights="bfloat16", max_shard_bytes=25_000)
+    loaded, _, info = load_model(tmp_path / "e")
+    assert info["dtype"] == "bfloat16"
+    for name, tensor in make_model().state_dict().items():
+        assert loaded.state_dict()[name].dtype == torch.float32
+        assert torch.equal(loaded.state_dict()[name], tensor.to(torch.bfloat16).float()), name
+
+
+def test_a_model_in_8_bits_computes_nearly_the_same_and_is_a_quarter_as_large(sharded: Path) -> None:
+    model, (narrow, _, info) = make_model(), load_model(sharded)
+    assert (info["stored_weights"], info["dtype"]) == ("int8", "float32")
+    for name, tensor in model.state_dict().items():
+        step = tensor.abs().amax(dim=-1, keepdim=True) / 127
+        assert ((narrow.state_dict()[name] - tensor).abs() <= (step * 0.501 if tensor.ndim == 2 else 0)).all(), name
+    with torch.no_grad():
+        expected, found = model(INPUTS), narrow(INPUTS)
+    # Each product of n terms is off by about its weights' 1 / 127 / sqrt(12) of the largest: 1% of logits, a few times.
+    off = (found - expected).std() / expected.std()
+    assert 0 < off < 0.03
+    plain = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    matrices = [t for path in sharded.glob("model-*.safetensors") for t in safetensors.torch.load_file(path).values()]
+    assert sum(t.nbytes for t in matrices if t.dtype == torch.int8) == plain
+
+
+def test_a_copy_of_a_copy_in_8_bits_is_the_same_model(sharded: Path, tmp_path: Path) -> None:
+    export_model(sharded, tmp_path / "again", weights="int8")
+    export_model(sharded, tmp_path / "wide", weights="float32")
+    for name in ("again", "wide"):
+        for key, tensor in load_model(sharded)[0].state_dict().items():
+            assert_close(load_model(tmp_path / name)[0].state_dict()[key], tensor, rtol=1e-6, atol=0)
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert card.count("## Stored weights") == 1
+    assert card.count("## License and limits") == 1
+
+
+def test_a_missing_or_damaged_file_of_several_is_noticed(sharded: Path) -> None:
+    names = sorted(path.name for path in sharded.glob("model-*.safetensors"))
+    alter(sharded / names[1])
+    with pytest.raises(FormatError, match=f"{names[1]} was altered"):
+        load_model(sharded)
+    (sharded / names[1]).write_bytes(b"nonsense" * 4)
+    rewrite_manifest(sharded)
+    with pytest.raises(FormatError, match=f"{names[1]} is damaged"):
+        load_model(sharded)
+    (sharded / names[1]).unlink()
+    rewrite_manifest(sharded)
+    with pytest.raises(FormatError, match=f"{names[1]} is missing"):
+        load_model(sharded)
+
+
+def test_an_index_that_does_not_fit_its_files_is_refused(sharded: Path) -> None:
+    path = sharded / INDEX
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index))
+    with pytest.raises(FormatError, match=r"index\.json has .* bytes instead of"):
+        load_model(sharded)
+    first, second = sorted(set(index["weight_map"].values()))[:2]
+    name = next(name for name, file in index["weight_map"].items() if file == first)
+    edits: list[tuple[dict[str, str], str]] = [
+        (index["weight_map"] | {name: second}, f"does not say what {first} holds"),
+        (index["weight_map"] | {"strange": first}, "strange stands in one of them only; 1 in all"),
+        (index["weight_map"] | {name: "model-00009-of-00003.safetensors"}, f"does not say what {first} holds"),
+        (index["weight_map"] | {name: "../other.model/model.safetensors"}, "does not say which file"),
+    ]
+    for places, message in edits:
+        path.write_text(json.dumps({**index, "weight_map": places}))
+        rewrite_manifest(sharded)
+        with pytest.raises(FormatError, match=message):
+            load_model(sharded)
+    path.write_text("[]")
+    rewrite_manifest(sharded)
+    with pytest.raises(FormatError, match="does not say which file holds which weights"):
+        load_model(sharded)
+    path.write_text(json.dumps({**index, "weight_map": {n: f for n, f in index["weight_map"].items() if f != second}}))
+    rewrite_manifest(sharded)
+    with pytest.raises((FormatError, MismatchError), match=r"is missing|has no _scale"):
+        load_model(sharded)
 
 
 # --- the state of training ----------------------------------------------------------------------------------------
