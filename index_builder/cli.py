@@ -574,6 +574,78 @@ def questions(
     print_report(report, as_json)
 
 
+def cloze(
+    corpora: Corpora,
+    tokenizer: Annotated[str, typer.Option(help="Of the model: a folder, a tokenizer.json, or a name on the hub.")],
+    out: Annotated[Path, typer.Option(help="Folder of the questions.")],
+    questions: Annotated[int, typer.Option(help="Questions to make, if the corpus gives as many.")] = 1_000_000,
+    candidates: Annotated[int, typer.Option(help="Passages of a question, those with the answer included.")] = 16,
+    question_tokens: Annotated[int, typer.Option(help="Longest prompt: one chunk of the model.")] = 64,
+    valid_share: Annotated[float, typer.Option(help="Held out where documents name no split.")] = 0.02,
+    test_share: Annotated[float, typer.Option(help="Held out where documents name no split.")] = 0.02,
+    seed: Seed = 0,
+    workers: Annotated[int | None, typer.Option(help="Processes [the number of cores].")] = None,
+    shard_chars: Annotated[int, typer.Option(help="Characters of a shard, the unit of resuming.")] = 4_000_000,
+    text_field: TextField = "text",
+    id_field: IdField = "id",
+    title_field: TitleField = "title",
+    limit: Limit = None,
+    on_error: OnError = "stop",
+    max_document_chars: MaxChars = 10_000_000,
+    dry_run: Annotated[
+        bool, typer.Option(help="Make questions of 2,000 documents, show some, and keep nothing.")
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make questions of a corpus: sentences with a name or a number blanked, and passages that state it or only seem to.
+
+    \b
+    Examples:
+      retro cloze wiki.jsonl --tokenizer wiki.tok --out wiki.questions --questions 100000
+      retro cloze wiki.jsonl --tokenizer wiki.tok --out wiki.questions --dry-run
+    """
+    import os
+    import tempfile
+
+    from index_builder.cloze import ClozeConfig, make_cloze, sample_cloze
+    from retro.tokenizer import Tokenizer
+
+    config = ClozeConfig(
+        questions=questions,
+        candidates=candidates,
+        question_tokens=question_tokens,
+        valid_share=valid_share,
+        test_share=test_share,
+        seed=seed,
+        shard_chars=shard_chars,
+        read=_read_options(text_field, id_field, title_field, limit, on_error, max_document_chars),
+    )
+    opened = Tokenizer.load(tokenizer)
+    if dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            report, examples = sample_cloze(corpora, Path(folder), tokenizer=opened, config=config)
+        if as_json:
+            shown = [{**made._asdict(), "passage": passage} for made, passage in examples]
+            print_json({**report, "examples": shown})
+            return
+        print_report(report, as_json)
+        for made, passage in examples:
+            typer.echo(f"\n{made.question}\n  {made.answer}\n    {passage}")
+        return
+    with bars() as progress:
+        report = make_cloze(
+            corpora,
+            out,
+            tokenizer=opened,
+            config=config,
+            workers=workers or os.cpu_count() or 1,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    print_report({"out": str(out), **report}, as_json)
+
+
 # --- shared by the commands ---------------------------------------------------------------------------------------
 
 

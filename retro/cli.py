@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from eval.cli import eval_app
-from index_builder.cli import data, index_app, plan_app, questions, tokenizer_app
-from retro.errors import ConfigError, RetroError
+from index_builder.cli import cloze, data, index_app, plan_app, questions, tokenizer_app
+from retro.errors import ConfigError, DependencyError, RetroError
 from retro.terminal import (
     SETTINGS,
     AsJson,
@@ -45,6 +45,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(plan_app, name="plan")
 app.add_typer(eval_app, name="eval")
 app.command("data")(data)
+app.command("cloze")(cloze)
 app.command("questions")(questions)
 
 
@@ -302,6 +303,98 @@ def ask(
         asker.converse()
     elif not asker.ask_each(sys.stdin):
         raise typer.Exit(1)
+
+
+# --- serve --------------------------------------------------------------------------------------------------------
+
+
+@app.command("serve")
+def serve(
+    model: Annotated[Path, typer.Argument(help="Folder of a trained model.")],
+    index: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]PATH",
+            help="Folder of an index. Given again: others, which the admin key can load in its place by their names.",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; beyond this machine only with a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keys, one a line, each perhaps with a space and what its searches are confined to; or RETRO_API_KEY."
+        ),
+    ] = None,
+    admin_key_file: Annotated[
+        Path | None, typer.Option(help="Key of whoever may change the index; or RETRO_ADMIN_KEY.")
+    ] = None,
+    root_path: Annotated[str, typer.Option(help="Prefix under which a proxy shows the server, as in /retro.")] = "",
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-origins",
+            help="Another web site whose pages may ask, as in https://example.org. Can be given again.",
+        ),
+    ] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Its name for clients [that of the folder].")] = None,
+    k: Annotated[int, typer.Option("-k", min=0, help="Passages for questions and chats.")] = 10,
+    method: Method = "dense",
+    where: Where = None,
+    device: Device = "auto",
+    max_concurrency: Annotated[int, typer.Option(help="Sequences that are decoded together.")] = 64,
+    max_queue: Annotated[int, typer.Option(help="Sequences that may wait; more are refused with 429.")] = 256,
+    timeout_s: Annotated[float, typer.Option(help="Longest time for a request.")] = 120.0,
+    grace_s: Annotated[float, typer.Option(help="How long running requests may take to end when stopped.")] = 30.0,
+    max_body_bytes: Annotated[str, typer.Option(help="Longest request, as in 4MiB.")] = "4MiB",
+    max_context: Annotated[int, typer.Option(help="Tokens of a prompt and its continuation.")] = 4096,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a continuation.")] = 1024,
+    max_k: Annotated[int, typer.Option(help="Passages that a request may ask for.")] = 50,
+    max_documents: Annotated[int, typer.Option(help="Documents that a request may add.")] = 100,
+    log_prompts: Annotated[bool, typer.Option(help="Write questions and prompts to the log.")] = False,
+) -> None:
+    """Answer over HTTP: OpenAI's API, questions with sources, searches, and a page for people at /.
+
+    \b
+    Examples:
+      retro serve wiki.model --index wiki.index
+      retro serve wiki.model --index wiki.index --host 0.0.0.0 --api-key-file keys.txt --admin-key-file admin.txt
+    """
+    from index_builder.search import METHODS
+
+    try:
+        from retro.serve.config import Keys, ServeConfig, named_indexes
+        from retro.serve.server import serve as run
+    except ModuleNotFoundError as error:
+        raise DependencyError(f"serving needs {error.name}: pip install 'retro-lm[serve]'") from error
+    environment = os.environ.get
+    keys = Keys.read(
+        key_file=api_key_file,
+        key=environment("RETRO_API_KEY"),
+        admin_file=admin_key_file,
+        admin_key=environment("RETRO_ADMIN_KEY"),
+    )
+    config = ServeConfig(
+        host=host,
+        port=port,
+        root_path=root_path.rstrip("/"),
+        allowed_origins=tuple(allowed_origin or ()),
+        model_name=served_model_name or model.resolve().name,
+        retriever=choice(method, METHODS, "--retriever"),
+        where=where,
+        num_passages=k,
+        max_concurrency=max_concurrency,
+        max_queue=max_queue,
+        timeout_s=timeout_s,
+        grace_s=grace_s,
+        max_body_bytes=parse_bytes(max_body_bytes),
+        max_context=max_context,
+        max_tokens=max_tokens,
+        max_passages=max_k,
+        max_documents=max_documents,
+        log_prompts=log_prompts,
+    )
+    run(model, named_indexes(index or []), config, keys, device=resolve_devices(device))
 
 
 # --- demo, env ----------------------------------------------------------------------------------------------------

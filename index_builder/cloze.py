@@ -1,0 +1,546 @@
+"""Questions made of a corpus: a sentence with a name or a number blanked, and other passages, some of which state what is missing.
+
+The corpus is read once into an index of its sentences (`index_builder.sentence_index`), then its sentences are gone through in an
+order drawn at random until there are enough questions. Both is done in pieces by several processes; interrupted and called again,
+it goes on after the last finished piece, in a folder beside the result, `NAME.questions.work`.
+"""
+
+import functools
+import json
+import logging
+import multiprocessing
+import re
+import shutil
+import string
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index_builder.corpus import ReadOptions, describe_corpora
+from index_builder.evidence import Match, find_evidence
+from index_builder.sentence_index import LEANS, Article, SentenceIndex, build_sentence_index, write_shard
+from index_builder.sentences import KINDS, title_name, words_of
+from index_builder.shards import Progress, ShardReader
+from retro.artifact import begin, read_json, write_atomically, write_json, writing
+from retro.chunks import SPLITS, Document, name_hash, save_array, shard_path
+from retro.errors import ConfigError, CorpusError, RetroError
+from retro.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+BLANK = "_"
+"""What stands for the answer: two tokens of any byte-level BPE, and hardly ever found in prose."""
+WORDS = (6, 40)
+"""Fewest and most words of a sentence that becomes a question."""
+PER_SENTENCE = 2
+"""Questions that a sentence may become."""
+MAX_EVIDENCE = 4
+"""Passages of a question that state its answer."""
+BLOCK = 4096
+"""Sentences that are looked up in one piece."""
+AT_ONCE = 1024
+REPORT = "cloze.json"
+_WORK = "sentences"
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClozeConfig:
+    """How a corpus becomes questions.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    questions: int = 1_000_000
+    """Questions to make; fewer where the corpus does not give as many."""
+    candidates: int = 16
+    """Passages of a question, those that state the answer included."""
+    question_tokens: int = 64
+    """Longest prompt: one chunk of the model."""
+    valid_share: float = 0.02
+    """Share of the groups held out for validation, where documents name no split; as in `retro data`."""
+    test_share: float = 0.02
+    """Likewise for the test."""
+    shard_chars: int = 4_000_000
+    """As in BuildConfig."""
+    seed: int = 0
+    """Of the order of sentences, the choice of blanks and of passages, and the split."""
+    read: ReadOptions = field(default_factory=ReadOptions)
+    """How the documents are read."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("questions", 1), ("candidates", 2), ("question_tokens", 16), ("shard_chars", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be at least {least}")
+        if min(self.valid_share, self.test_share) < 0 or self.valid_share + self.test_share >= 1:
+            raise ConfigError(
+                f"valid_share = {self.valid_share} and test_share = {self.test_share}: give shares from 0 on that leave "
+                "something to train on"
+            )
+
+
+class Cloze(NamedTuple):
+    """A question."""
+
+    question: str
+    answer: str
+    kind: str
+    split: str
+    own: int
+    """The passage it was made of."""
+    candidates: list[tuple[int, str | None]]
+    """Passages, best first, and the answer in the words of each that states it."""
+
+
+def make_cloze(
+    corpora: Sequence[str],
+    out: Path,
+    *,
+    tokenizer: Tokenizer,
+    config: ClozeConfig,
+    workers: int = 1,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Makes question data (`retro.questions`) of a corpus.
+
+    Args:
+        corpora: As for `build_index`.
+        out: Folder of the question data.
+        tokenizer: The model's.
+        config: See ClozeConfig.
+        workers: Processes; the result does not depend on them.
+        overwrite: Start again where something else was begun or made.
+        progress: Told how far it is.
+
+    Returns:
+        Counts, as they are printed.
+
+    Raises:
+        CorpusError: A corpus cannot be read, or gives no question.
+        ConfigError, FormatError, StorageError: As their names say.
+    """
+    from retro.questions import QuestionWriter
+
+    recipe = {"command": "cloze", "config": asdict(config), "corpora": describe_corpora(corpora)}
+    work = out.with_name(out.name + ".work")
+    with writing(out):
+        writer = QuestionWriter(out, tokenizer, recipe=recipe, overwrite=overwrite)
+        if writer.finished:
+            logger.info("%s is there already, made by the same settings", out)
+            report: dict[str, Any] = read_json(out / REPORT)
+            return report
+        begin(work, _WORK, {**recipe, "tokenizer": tokenizer.fingerprint}, overwrite=overwrite)
+        with _Workers(workers) as pool:
+            counts = _read(corpora, work, out / "rejects.jsonl", config, pool, progress)
+            passages: dict[int, int] = {}
+            texts = _Texts(SentenceIndex(work / "index"))
+
+            def row(passage: int) -> int:
+                if passage not in passages:
+                    passages[passage] = writer.passage(*texts.titled(passage))
+                return passages[passage]
+
+            for made in _questions(work, tokenizer, config, pool, counts, progress):
+                candidates = [(row(passage), target) for passage, target in made.candidates]
+                writer.add(
+                    question=made.question,
+                    answer=made.answer,
+                    candidates=candidates,
+                    split=made.split,
+                    group=made.kind,
+                    own=row(made.own),
+                )
+        counts["passages"] = len(passages)
+        write_json(out / REPORT, counts)
+        writer.complete()
+        shutil.rmtree(work)
+    return counts
+
+
+def sample_cloze(
+    corpora: Sequence[str], folder: Path, *, tokenizer: Tokenizer, config: ClozeConfig, documents: int = 2000
+) -> tuple[dict[str, Any], list[tuple[Cloze, str]]]:
+    """Makes questions of the first documents only, and keeps nothing.
+
+    Returns:
+        Counts, and some questions, each with the first passage that states its answer.
+    """
+    limit = min(config.read.limit or documents, documents)
+    config = replace(config, read=replace(config.read, limit=limit))
+    with _Workers(1) as pool:
+        counts = _read(corpora, folder, folder / "rejects.jsonl", config, pool, None)
+        made = list(_questions(folder, tokenizer, config, pool, counts, None))
+        texts = _Texts(SentenceIndex(folder / "index"))
+        few = made[:: max(1, len(made) // 8)][:8]
+        return counts, [(m, texts.shown(next(p for p, target in m.candidates if target is not None))) for m in few]
+
+
+# --- processes ----------------------------------------------------------------------------------------------------
+
+
+class _Workers:
+    """Does pieces of work in several processes, or in this one where one is enough."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = max(workers, 1)
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "_Workers":
+        if self._workers > 1:
+            # Not forked: the libraries that are loaded here have threads.
+            self._pool = ProcessPoolExecutor(self._workers, mp_context=multiprocessing.get_context("spawn"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def each(self, do: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+        """What is made of each item, in order; a few are worked on ahead.
+
+        Raises:
+            RetroError: A process died.
+        """
+        if self._pool is None:
+            yield from map(do, items)
+            return
+        ahead: deque[Future[Made]] = deque()
+        try:
+            for item in items:
+                ahead.append(self._pool.submit(do, item))
+                if len(ahead) > self._workers + 1:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        except BrokenProcessPool as error:
+            raise RetroError(
+                "a process that made questions was killed, probably for want of memory: run the same command again with fewer "
+                "--workers; what is finished is kept"
+            ) from error
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+class _Piece(NamedTuple):
+    path: Path
+    articles: list[Article]
+
+
+def _read(
+    corpora: Sequence[str], work: Path, rejects: Path, config: ClozeConfig, pool: _Workers, progress: Progress | None
+) -> Counter[str]:
+    """The index of the corpus' sentences, in `work/index`; returns counts of what was read."""
+    finished = work / "read.json"
+    if finished.is_file():
+        return Counter(read_json(finished))
+    shards = work / "shards"
+    reader = ShardReader(
+        corpora,
+        config.read,
+        make=lambda document: Article(document.title, document.text, _split(document, config)),
+        shard_chars=config.shard_chars,
+        rejects_file=rejects,
+        wanted=lambda number: not shard_path(shards, number, ".npz").is_file(),
+        progress=None if progress is None else lambda done: progress("documents", done, None),
+    )
+    pieces = (_Piece(shard_path(shards, shard.number, ".npz"), shard.made) for shard in reader)
+    for _ in pool.each(_write_piece, pieces):
+        pass
+    paths = [shard_path(shards, number, ".npz") for number in range(reader.num_shards)]
+    build_sentence_index(
+        work / "index",
+        paths,
+        lambda done: progress("sentences", done, len(paths)) if progress is not None else None,
+    )
+    index = SentenceIndex(work / "index")
+    asked_N = np.flatnonzero(np.diff(index.arrays.blank_starts))
+    save_array(work / "order.npy", np.random.default_rng(config.seed).permutation(asked_N))
+    counts = {
+        "documents": reader.num_documents,
+        "rejects": reader.num_rejects,
+        "sentences": index.num_sentences,
+        "sentences_with_blanks": len(asked_N),
+    }
+    write_json(finished, counts)
+    shutil.rmtree(shards)
+    return Counter(counts)
+
+
+def _write_piece(piece: _Piece) -> None:
+    write_shard(piece.path, piece.articles, WORDS)
+
+
+def _split(document: Document, config: ClozeConfig) -> int:
+    """As `retro data` with the same seed and shares."""
+    if document.split:
+        return SPLITS.index(document.split)
+    draw = np.random.default_rng([config.seed, name_hash(document.group)]).random()
+    if draw < config.valid_share:
+        return SPLITS.index("valid")
+    return SPLITS.index("test" if draw < config.valid_share + config.test_share else "train")
+
+
+# --- questions ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Sentences to look up, and all that a process needs for it."""
+
+    work: Path
+    number: int
+    candidates: int
+    seed: int
+    tokens: int
+    """What a question may have, without what stands around it in the prompt."""
+
+    @property
+    def path(self) -> Path:
+        return self.work / "blocks" / f"{self.number:06d}.json"
+
+
+def _questions(
+    work: Path,
+    tokenizer: Tokenizer,
+    config: ClozeConfig,
+    pool: _Workers,
+    counts: Counter[str],
+    progress: Progress | None,
+) -> Iterator[Cloze]:
+    """Questions, as many as are wanted if there are as many; counts what it does.
+
+    Raises:
+        CorpusError: There is none.
+    """
+    from retro.answer import question_prompt
+
+    around = len(tokenizer.encode(question_prompt("x")).ids)  # the x stands for BOS
+    tokenizer.save(work)
+    num_blocks = -(-counts["sentences_with_blanks"] // BLOCK)
+    blocks = (
+        _Block(work, number, config.candidates, config.seed, config.question_tokens - around)
+        for number in range(num_blocks)
+    )
+    accepted = _Accepted(config.questions)
+    for path in pool.each(_make_block, blocks):
+        found = read_json(path)
+        counts.update(found["counts"])
+        for fields in found["questions"]:
+            made = Cloze(**fields)
+            if (reason := accepted.refuses(made)) is not None:
+                counts[reason] += 1
+                continue
+            counts["questions"] += 1
+            counts[f"questions_{made.split}"] += 1
+            counts[f"asking_for_a_{made.kind}"] += 1
+            counts["candidates"] += len(made.candidates)
+            counts["candidates_with_answer"] += sum(target is not None for _, target in made.candidates)
+            yield made
+            if counts["questions"] == config.questions:
+                break
+        if progress is not None:
+            progress("questions", counts["questions"], config.questions)
+        if counts["questions"] == config.questions:
+            break
+    if not counts["questions"]:
+        raise CorpusError(
+            f"not a single question can be made: of {counts['sentences']:,} sentences {counts['sentences_with_blanks']:,} have "
+            f"{WORDS[0]} to {WORDS[1]} words and a name or number to ask for, and none of these is supported by another sentence. "
+            "Give more documents, in English, with titles"
+        )
+
+
+class _Accepted:
+    """Keeps questions apart: none twice, no answer and no pattern of words too often."""
+
+    def __init__(self, questions: int) -> None:
+        self._seen: set[int] = set()
+        self._answers: Counter[int] = Counter()
+        self._patterns: Counter[int] = Counter()
+        self._per_answer, self._per_pattern = max(50, questions // 500), max(20, questions // 5000)
+
+    def refuses(self, made: Cloze) -> str | None:
+        """Why a question is left out; None keeps it."""
+        question = name_hash(" ".join(made.question.casefold().split()))
+        answer = name_hash(made.answer.casefold())
+        pattern = name_hash(_PATTERN.sub("#", made.question))
+        if question in self._seen:
+            return "duplicates"
+        if self._answers[answer] >= self._per_answer:
+            return "left_out_frequent_answer"
+        if self._patterns[pattern] >= self._per_pattern:
+            return "left_out_frequent_pattern"
+        self._seen.add(question)
+        self._answers[answer] += 1
+        self._patterns[pattern] += 1
+        return None
+
+
+_PATTERN = re.compile(r"(?:\b[A-Z\d]\w*[-' ,.]*)+")
+"""Names and numbers: what is left says which template an article was made from."""
+
+
+# --- in the processes ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _opened(work: Path) -> "tuple[_Texts, Tokenizer, NDArray[np.int64]]":
+    from retro.chunks import load_array
+
+    return _Texts(SentenceIndex(work / "index")), Tokenizer.load(str(work)), load_array(work / "order.npy")
+
+
+def _make_block(block: _Block) -> Path:
+    """Makes the questions of a block of sentences, and writes them to its file."""
+    if block.path.is_file():
+        return block.path
+    texts, tokenizer, order = _opened(block.work)
+    sentences = order[block.number * BLOCK : (block.number + 1) * BLOCK]
+    counts: Counter[str] = Counter(sentences_asked=len(sentences))
+    questions: list[Cloze] = []
+    of_sentence: Counter[int] = Counter()
+    for first in range(0, len(sentences), AT_ONCE):
+        for match in find_evidence(texts.index, sentences[first : first + AT_ONCE], block.seed):
+            counts["blanks_with_evidence"] += 1
+            if of_sentence[match.sentence] == PER_SENTENCE:
+                continue
+            made = texts.question(match, block.candidates, sentences, block.seed)
+            if isinstance(made, str):
+                counts[made] += 1
+            else:
+                questions.append(made)
+                of_sentence[match.sentence] += 1
+    lengths = [len(ids) for ids in tokenizer.encode_batch([made.question for made in questions])]
+    fit = [made for made, length in zip(questions, lengths, strict=True) if length <= block.tokens]
+    counts["left_out_long"] += len(questions) - len(fit)
+    content = {"counts": counts, "questions": [made._asdict() for made in fit]}
+    write_atomically(block.path, lambda file: file.write(json.dumps(content, ensure_ascii=False).encode()))
+    return block.path
+
+
+_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "\u2013\u2014\u2018\u2019\u201c\u201d", " "))
+
+
+def _normalized(text: str) -> str:
+    """Lower case, without punctuation, a space at each end."""
+    return f" {' '.join(text.casefold().translate(_PUNCTUATION).split())} "
+
+
+class _Texts:
+    """The texts of an index' passages, and questions made of them."""
+
+    def __init__(self, index: SentenceIndex) -> None:
+        self.index = index
+
+    def titled(self, passage: int) -> tuple[str, str]:
+        """Title and text."""
+        document = int(self.index.document_of(np.array([passage]))[0])
+        return self.index.title(document), self.index.passage(passage)
+
+    def shown(self, passage: int) -> str:
+        """Both, for people."""
+        return ": ".join(filter(None, self.titled(passage)))
+
+    def question(
+        self, match: Match, num_candidates: int, strangers: NDArray[np.int64], seed: int
+    ) -> Cloze | Literal["left_out_answer_in_question", "left_out_no_title", "left_out_not_literal"]:
+        """Puts a question into words and chooses its passages.
+
+        Args:
+            match: What was found.
+            num_candidates: Passages to choose.
+            strangers: Sentences from all over the corpus, for want of better ones.
+            seed: Of the choice.
+
+        Returns:
+            The question, or why there is none.
+        """
+        arrays = self.index.arrays
+        own = int(self.index.passage_of(np.array([match.sentence]))[0])
+        title, text = self.titled(own)
+        first, last = arrays.spans[match.sentence].tolist()
+        start, end, kind = match.blank
+        answer = text[start:end]
+        name = title_name(title)
+        if arrays.flags[match.sentence] & LEANS and not name:
+            return "left_out_no_title"
+        before = f"{name}: {text[first:start]}" if match.titled else text[first:start]
+        if not set(words_of(answer)).isdisjoint([*words_of(before), *words_of(text[end:last])]):
+            return "left_out_answer_in_question"
+        evidence, distractors = self._candidates(match, own, answer)
+        if not evidence:
+            return "left_out_not_literal"
+        evidence = evidence[:MAX_EVIDENCE]
+        wanted = num_candidates - len(evidence)
+        taken = {own, *(passage for _, passage, _ in evidence)}
+        chosen: list[tuple[int, int, str | None]] = list(evidence)
+        looked_for = _normalized(answer)
+        random = np.random.default_rng([seed, match.sentence, 1])
+        near = random.permutation(self._same_article(own))
+        far = self.index.passage_of(random.choice(strangers, 4 * num_candidates))
+        far = far[self._splits(far) == self._splits(np.array([own]))]
+        # At most half of the same article, where others share as much.
+        plan = [
+            *distractors[: wanted - min(wanted // 4, len(near))],
+            *((len(match.found) + n, int(p)) for n, p in enumerate(near.tolist()[: wanted // 2])),
+            *distractors[wanted - min(wanted // 4, len(near)) :],
+            *((2 * len(match.found) + n, int(p)) for n, p in enumerate(far.tolist())),
+        ]
+        for rank, passage in plan:
+            if len(chosen) - len(evidence) == wanted:
+                break
+            if passage not in taken and looked_for not in _normalized(self.shown(passage)):
+                taken.add(passage)
+                chosen.append((rank, passage, None))
+        return Cloze(
+            question=before + BLANK + text[end:last],
+            answer=answer,
+            kind=KINDS[kind],
+            split=SPLITS[self._splits(np.array([own]))[0]],
+            own=own,
+            candidates=[(passage, target) for _, passage, target in sorted(chosen, key=lambda c: c[0])],
+        )
+
+    def _candidates(
+        self, match: Match, own: int, answer: str
+    ) -> tuple[list[tuple[int, int, str | None]], list[tuple[int, int]]]:
+        """Passages of the sentences found, with their ranks: those that state the answer literally, with it, and those without it,
+        the ones with something of its kind first."""
+        # Not inside a longer number or word, nor at the end of a range.
+        pattern = re.compile(rf"(?<![\w-])(?<!\d[.,]){re.escape(answer)}(?!\w|[.,]\d|-\w)", re.IGNORECASE)
+        evidence: dict[int, tuple[int, int, str | None]] = {}
+        without: dict[int, tuple[bool, int]] = {}
+        passages = self.index.passage_of(np.array(match.found)).tolist()
+        spans = self.index.arrays.spans[match.found].tolist()
+        for rank, (passage, span, states, holds, alike) in enumerate(
+            zip(passages, spans, match.evidence, match.holds, match.alike, strict=True)
+        ):
+            if passage == own:
+                continue
+            if states and passage not in evidence:
+                title, text = self.titled(passage)
+                if (literal := pattern.search(text[slice(*span)]) or pattern.search(title)) is not None:
+                    evidence[passage] = (rank, passage, literal[0])
+            elif not holds and passage not in without:
+                without[passage] = (not alike, rank)
+        order = sorted((*value, passage) for passage, value in without.items() if passage not in evidence)
+        return list(evidence.values()), [(rank, passage) for _, rank, passage in order]
+
+    def _same_article(self, passage: int) -> NDArray[np.int64]:
+        document = int(self.index.document_of(np.array([passage]))[0])
+        return np.arange(*self.index.arrays.passage_starts[document : document + 2])
+
+    def _splits(self, passages: NDArray[Any]) -> NDArray[np.uint8]:
+        return self.index.arrays.splits[self.index.document_of(passages)]
