@@ -1,0 +1,71 @@
+"""Errors as OpenAI's API shows them: a status, and an object that says what was wrong."""
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+from starlette.responses import JSONResponse
+
+from retro.errors import ConfigError, CorpusError, FormatError, MismatchError, RetroError
+from retro.serve.engine import BusyError, StoppingError
+
+TIMED_OUT = "the request took longer than this server allows ({seconds:g} s): ask for less, or try again later"
+
+
+class ErrorObject(BaseModel):
+    """What was wrong."""
+
+    message: str
+    type: str
+    param: str | None = Field(description="The field of the request that was wrong.")
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """An error."""
+
+    error: ErrorObject
+
+
+class ApiError(RetroError):
+    """A request that is answered with an error."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+        self.headers = headers or {}
+
+    def body(self) -> dict[str, Any]:
+        """The object that is sent."""
+        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The whole reply."""
+        return JSONResponse(self.body(), self.status, headers=self.headers)
+
+
+def api_error(error: Exception, *, timeout_s: float = 0.0) -> ApiError:
+    """The error that a client is shown; of what is not its fault it learns nothing more than that."""
+    if isinstance(error, ApiError):
+        return error
+    unavailable = "the index cannot be opened at present: the server's log says why"
+    kinds: list[tuple[Any, int, str, str | None, dict[str, str]]] = [
+        (BusyError, 429, str(error), "rate_limit_exceeded", {"Retry-After": "1"}),
+        (StoppingError, 503, str(error), "stopping", {"Retry-After": "5", "Connection": "close"}),
+        (TimeoutError, 504, TIMED_OUT.format(seconds=timeout_s), "timeout", {"x-should-retry": "false"}),
+        (ConfigError | CorpusError, 400, str(error), None, {}),
+        (FormatError | MismatchError, 503, unavailable, "index_unavailable", {}),
+    ]
+    for kind, status, message, code, headers in kinds:
+        if isinstance(error, kind):
+            return ApiError(status, message, code=code, headers=headers)
+    return ApiError(500, "the server failed: its log says why", code="internal_error")

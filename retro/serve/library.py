@@ -1,0 +1,256 @@
+"""The index behind a server: searches of all requests in one thread, changes, and another index in its place.
+
+Every search sees the newest state of the index on disk, as `IndexRetriever` does. A search that has begun ends on the state that it
+began with.
+"""
+
+import asyncio
+import json
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from index_builder.build import config_of
+from index_builder.filters import Filter
+from index_builder.live import Changes, add_documents, remove_documents
+from index_builder.search import METHODS, IndexRetriever, Method
+from retro.chunks import Passage
+from retro.errors import ConfigError
+from retro.generate import Role
+from retro.serve.engine import call_soon
+from retro.serve.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+CORPUS = "api"
+"""Of documents that come by requests: their keys are api:ID."""
+
+
+class Question(NamedTuple):
+    """What searches that are done together have in common."""
+
+    k: int
+    method: Method
+    where: Filter | None
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The library as a retriever of one request; equal ones are asked together."""
+
+    library: "Library"
+    method: Method
+    where: Filter | None
+
+    def retrieve(
+        self,
+        queries: Sequence[str],
+        k: int,
+        *,
+        role: Role = "document",
+        exclude: Sequence[Collection[str]] | None = None,
+        where: str | None = None,
+    ) -> list[list[Passage]]:
+        """See `retro.generate.Retriever`; fewer than k where the index has fewer."""
+        if exclude is not None or where is not None:
+            raise ConfigError("a request's retriever takes neither exclude nor where: its filter is a part of it")
+        return self.library.find(queries, Question(k, self.method, self.where), role)
+
+
+class Library:
+    """An open index."""
+
+    def __init__(self, indexes: Mapping[str, Path], metrics: Metrics, *, device: str, where: str | None) -> None:
+        """Opens the first index.
+
+        Args:
+            indexes: Names and folders; no other can ever be opened.
+            metrics: Told of searches.
+            device: Where the encoder runs.
+            where: What all searches are confined to.
+
+        Raises:
+            FormatError, MismatchError, ConfigError: As `IndexRetriever.open`.
+        """
+        self.indexes = dict(indexes)
+        self.name = next(iter(self.indexes))
+        self._metrics, self._device = metrics, device
+        self._where = None if where is None else Filter.parse(where)
+        self.num_documents = 0
+        """Of the state that was searched last."""
+        self.methods: list[str] = []
+        """How it can be searched."""
+        self._retriever = self._open(self.name)
+        # Neither encoders nor indexes promise to be used by several threads.
+        self._search_lock, self._change_lock = threading.Lock(), threading.Lock()
+        self._pending: dict[Question, list[tuple[str, asyncio.Future[list[Passage]]]]] = {}
+        self._pending_lock = threading.Lock()
+        self._searcher = ThreadPoolExecutor(1, thread_name_prefix="search")
+        self._changer = ThreadPoolExecutor(1, thread_name_prefix="change")
+
+    def close(self) -> None:
+        """Ends the threads; a change that has begun is finished."""
+        self._searcher.shutdown(cancel_futures=True)
+        self._changer.shutdown(cancel_futures=True)
+
+    def _note(self, manifest: Mapping[str, Any]) -> None:
+        self.num_documents = int(manifest["documents"])
+        self.methods = list(METHODS) if manifest["lexical"] is not None else ["dense"]
+        self._metrics.documents.set(self.num_documents)
+
+    # --- searches
+
+    def find(self, queries: Sequence[str], question: Question, role: Role) -> list[list[Passage]]:
+        """The best passages of each query, best first; fewer than k where there are fewer.
+
+        Raises:
+            ConfigError: An empty query, or an index that cannot be searched by this method.
+        """
+        if any(not query.strip() for query in queries):
+            raise ConfigError("the query is empty: ask something")
+        k, method, where = question
+        with self._search_lock:
+            retriever = self._retriever
+            now = retriever.snapshot()
+            self._note(now.manifest)
+            k = min(k, now.store.num_live_chunks)
+            if k == 0:
+                return [[] for _ in queries]
+            began = time.perf_counter()
+            vectors_QX = None if method == "bm25" else retriever.encoder.encode(queries, role)
+            encoded = time.perf_counter()
+            keep_N = now.rows_where(where)
+            scores_QK, rows_QK = now.find(queries, vectors_QX, k, method=method, keep_N=keep_N)
+            found = [
+                [now.store.passage(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0]
+                for rows, scores in zip(rows_QK.tolist(), scores_QK.tolist(), strict=True)
+            ]
+            if method != "bm25":
+                self._metrics.encoding.observe(encoded - began)
+            self._metrics.searching.observe(time.perf_counter() - encoded)
+        return found
+
+    def narrowed(self, *conditions: Filter | None) -> Filter | None:
+        """The library's own condition and these, all at once."""
+        result = self._where
+        for condition in conditions:
+            if condition is not None:
+                result = condition if result is None else result.narrowed(condition)
+        return result
+
+    async def search(self, query: str, question: Question) -> list[Passage]:
+        """Passages for a person's query; what waits at the same time and asks alike is one search.
+
+        Raises:
+            ConfigError: As `find`.
+        """
+        done: asyncio.Future[list[Passage]] = asyncio.get_running_loop().create_future()
+        began = time.perf_counter()
+        with self._pending_lock:
+            self._pending.setdefault(question, []).append((query, done))
+        self._searcher.submit(self._search_pending)
+        found = await done
+        self._metrics.retrieval.observe(time.perf_counter() - began)
+        return found
+
+    def _search_pending(self) -> None:
+        with self._pending_lock:
+            pending, self._pending = self._pending, {}
+        for question, entries in pending.items():
+            asked = [(query, done) for query, done in entries if not done.cancelled()]
+            distinct = list(dict.fromkeys(query for query, _ in asked))
+            try:
+                found = dict(zip(distinct, self.find(distinct, question, "query"), strict=True)) if distinct else {}
+            except Exception as error:
+                for _, done in asked:
+                    call_soon(done.get_loop(), _settle, done, error)
+            else:
+                for query, done in asked:
+                    call_soon(done.get_loop(), _settle, done, found[query])
+
+    # --- changes
+
+    async def add(self, documents: Sequence[Mapping[str, Any]], *, corpus: str, update: bool) -> Changes:
+        """Adds documents; they are found by every search that begins after it.
+
+        Args:
+            documents: Each with `id`, `text` and whatever else it has.
+            corpus: The first part of their keys.
+            update: Replace those that are there already.
+
+        Raises:
+            CorpusError: A document that cannot be used, or whose key is there already.
+            ConfigError: Somebody else is changing the index.
+        """
+        done: Changes = await self._changed(lambda: self._add(documents, corpus, update))
+        return done
+
+    async def remove(self, keys: Sequence[str]) -> Changes:
+        """Removes documents; they are found by no search that begins after it.
+
+        Raises:
+            ConfigError: A key is not there; nothing is removed then. Or somebody else is changing the index.
+        """
+        done: Changes = await self._changed(lambda: remove_documents(self._retriever.folder, keys))
+        return done
+
+    async def reload(self, name: str | None) -> None:
+        """Opens an index anew, at the same place or another one of the list.
+
+        Raises:
+            ConfigError: The name is none of the list.
+            FormatError, MismatchError: The index cannot be opened; the old one stays.
+        """
+        if name is not None and name not in self.indexes:
+            raise ConfigError(f"there is no index of this name: use one of {', '.join(self.indexes)}")
+        await self._changed(lambda: self._reload(name or self.name))
+
+    async def _changed(self, change: Callable[[], Any]) -> Any:
+        # Shielded: a client that goes away does not leave a change half known.
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._changer, self._do, change))
+
+    def _do(self, change: Callable[[], Any]) -> Any:
+        result = change()
+        with self._search_lock:
+            self._note(self._retriever.manifest)
+        return result
+
+    def _add(self, documents: Sequence[Mapping[str, Any]], corpus: str, update: bool) -> Changes:
+        with self._search_lock:
+            retriever, recipe = self._retriever, self._retriever.manifest["recipe"]
+        read = config_of(recipe).read
+        names = {"id": read.id_field, "text": read.text_field, "title": read.title_field}
+        with tempfile.TemporaryDirectory(prefix="retro-documents-") as folder:
+            path = Path(folder) / "documents.jsonl"
+            with path.open("w", encoding="ascii") as file:
+                for document in documents:
+                    record = {names.get(field, field): value for field, value in document.items()}
+                    file.write(json.dumps(record, allow_nan=False) + "\n")
+            return add_documents(
+                retriever.folder, [f"{corpus}={path}"], update=update, device=self._device, encoder=retriever.encoder
+            )
+
+    def _reload(self, name: str) -> None:
+        opened = self._open(name)
+        with self._search_lock:
+            self.name, self._retriever = name, opened
+        logger.info("Index %s is open: %s documents", name, f"{opened.manifest['documents']:,}")
+
+    def _open(self, name: str) -> IndexRetriever:
+        opened = IndexRetriever.open(self.indexes[name], device=self._device)
+        self._note(opened.manifest)
+        return opened
+
+
+def _settle(done: "asyncio.Future[list[Passage]]", found: list[Passage] | Exception) -> None:
+    if done.done():  # nobody waits any more
+        return
+    if isinstance(found, Exception):
+        done.set_exception(found)
+    else:
+        done.set_result(found)

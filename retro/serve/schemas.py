@@ -1,0 +1,308 @@
+"""What requests and replies look like: checked on the way in, described in the OpenAPI document."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_QUERY_CHARS = 10_000
+MAX_STOPS = 16
+
+K = Annotated[
+    int | None,
+    Field(ge=0, le=10_000, description="Passages to read; 0 turns retrieval off. Default: the server's."),
+]
+Method = Annotated[
+    Literal["dense", "bm25", "hybrid", "rerank"] | None,
+    Field(
+        description="dense: by meaning; bm25: by words; hybrid: both; rerank: the best by meaning, ordered by words."
+    ),
+]
+Where = Annotated[
+    str | None,
+    Field(
+        max_length=10_000,
+        description="Only documents that fulfil this; it can only narrow what the key allows.",
+        examples=['lang = "en" and year >= 2000'],
+    ),
+]
+
+
+class Body(BaseModel):
+    """A request: no unknown field, no value of another type, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+# --- as OpenAI's API ----------------------------------------------------------------------------------------------
+
+
+class StreamOptions(Body):
+    """How a reply is streamed."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class Generating(Body):
+    """What completions and chats have in common."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+    )
+    """Fields of OpenAI's that change no answer here."""
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "frequency_penalty": (None, 0),
+        "presence_penalty": (None, 0),
+        "logit_bias": (None, {}),
+        "best_of": (None, 1),
+        "echo": (None, False),
+        "suffix": (None, ""),
+        "tools": (None, []),
+        "tool_choice": (None, "none", "auto"),
+        "functions": (None, []),
+        "response_format": (None, {"type": "text"}),
+        "modalities": (None, ["text"]),
+    }
+    """Fields of OpenAI's that are not supported, and the values that ask for nothing."""
+
+    model: Annotated[str, Field(max_length=1000)]
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=2, description="0 is greedy.")] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    top_k: Annotated[int | None, Field(ge=0, le=1_000_000, description="Not of OpenAI's: 0 means all.")] = None
+    n: Annotated[int | None, Field(ge=1, le=128)] = None
+    seed: Annotated[int | None, Field(ge=-(2**63), le=2**63 - 1)] = None
+    stop: (
+        Annotated[str, Field(max_length=1000)]
+        | Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=MAX_STOPS)]
+        | None
+    ) = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    k: K = None
+    retriever: Method = None
+    where: Where = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        left = {}
+        for name, value in values.items():
+            if name in cls.ignored:
+                continue
+            if name in cls.neutral and name not in cls.model_fields:
+                if value not in cls.neutral[name]:
+                    raise ValueError(f"{name} is not supported by this server")
+                continue
+            left[name] = value
+        return left
+
+
+class CompletionRequest(Generating):
+    """A text to continue; passages are looked up at every chunk border."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=128)]
+        | Annotated[list[int], Field(min_length=1)]
+        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=128)]
+    )
+    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+
+
+class TextPart(Body):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """A message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1000)]
+    name: Annotated[str | None, Field(max_length=1000)] = None
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(Generating):
+    """Messages to answer; passages are looked up for the last message of the user."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+
+
+class Usage(BaseModel):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+# --- our own ------------------------------------------------------------------------------------------------------
+
+
+class SearchRequest(Body):
+    """Look passages up."""
+
+    query: Annotated[str, Field(min_length=1, max_length=MAX_QUERY_CHARS)]
+    k: K = None
+    retriever: Method = None
+    where: Where = None
+
+
+class AskRequest(Body):
+    """Answer a question from passages."""
+
+    question: Annotated[str, Field(min_length=1, max_length=MAX_QUERY_CHARS)]
+    k: K = None
+    retriever: Method = None
+    where: Where = None
+    max_tokens: Annotated[int, Field(ge=1, description="Longest answer.")] = 32
+    stream: Annotated[
+        bool, Field(description="Server-sent events: `passages`, then `token`s, then `done`, or `error`.")
+    ] = False
+    attribution: Annotated[bool, Field(description="Say which passages the answer drew on.")] = True
+
+
+class PassageOut(BaseModel):
+    """A passage of a document."""
+
+    number: Annotated[int, Field(description="From 1, best first.")]
+    score: float
+    key: Annotated[str, Field(description="Of its document.")]
+    title: str
+    url: str
+    text: Annotated[str, Field(description="A chunk of the document and what follows it.")]
+    continuation: Annotated[str, Field(description="The part of `text` that follows the chunk.")]
+    metadata: dict[str, Any]
+    share: Annotated[float | None, Field(description="Of the model's attention while it answered.")] = None
+    span: Annotated[
+        list[int] | None, Field(description="First and end character of `text` that the answer was taken from.")
+    ] = None
+
+
+class SearchReply(BaseModel):
+    """What was found."""
+
+    passages: list[PassageOut]
+
+
+class TokenOut(BaseModel):
+    """A token of an answer."""
+
+    text: str
+    log_prob: Annotated[float, Field(description="Natural logarithm of its probability.")]
+    shares: Annotated[list[float] | None, Field(description="Attention to each passage.")]
+
+
+class Seconds(BaseModel):
+    """What took how long."""
+
+    retrieval: float
+    decoding: float
+
+
+class AskReply(BaseModel):
+    """An answer with its sources."""
+
+    question: str
+    answer: str
+    confidence: Annotated[float, Field(description="From 0 to 1.")]
+    refused: Annotated[bool, Field(description="Whether the model is not sure enough.")]
+    tokens: list[TokenOut]
+    passages: list[PassageOut]
+    usage: Usage
+    seconds: Seconds
+
+
+class DocumentIn(BaseModel):
+    """A document; every other field is kept as metadata, for filters."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    id: Annotated[str, Field(min_length=1, max_length=1000, strict=True)]
+    text: Annotated[str, Field(min_length=1, strict=True)]
+    title: Annotated[str | None, Field(max_length=10_000, strict=True)] = None
+    url: Annotated[str | None, Field(max_length=10_000, strict=True)] = None
+
+
+class AddRequest(Body):
+    """Documents to add to the index."""
+
+    documents: Annotated[list[DocumentIn], Field(min_length=1)]
+    corpus: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Their keys are CORPUS:ID.", examples=["api"])
+    ] = "api"
+    update: Annotated[bool, Field(description="Replace documents that are there already; else that is an error.")] = (
+        False
+    )
+
+
+class RemoveRequest(Body):
+    """Documents to remove from the index."""
+
+    keys: Annotated[list[Annotated[str, Field(max_length=2000)]], Field(min_length=1)]
+
+
+class ChangesReply(BaseModel):
+    """What a change of the index did."""
+
+    added: int
+    updated: int
+    removed: int
+    unchanged: int
+    keys: list[str]
+    documents: Annotated[int, Field(description="Of the index now.")]
+
+
+class ReloadRequest(Body):
+    """Open the index anew, or another one of those that the server was started with."""
+
+    index: Annotated[str | None, Field(max_length=1000)] = None
+
+
+class ReloadReply(BaseModel):
+    """Which index is open."""
+
+    index: str
+    documents: int
+
+
+class ModelRetro(BaseModel):
+    """What this server can do."""
+
+    retrieval: bool
+    default_k: int
+    retrievers: list[str]
+    documents: int
+    admin: Annotated[bool, Field(description="Whether documents can be added and removed, with the admin key.")]
+    max_k: int
+    max_tokens: int
+
+
+class ModelOut(BaseModel):
+    """A model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    retro: ModelRetro
+
+
+class ModelList(BaseModel):
+    """The models of this server: one."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelOut]
