@@ -14,8 +14,17 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from eval.attribution import Attribution, attribute, read_document
-from retro.answer import ask, passage_text
-from retro.attribution import Attended, Reading, Source, answer_span, best_window, read_answer, read_generation
+from retro.answer import Answer, ask, passage_text
+from retro.attribution import (
+    Attended,
+    Reading,
+    Source,
+    answer_span,
+    best_window,
+    explain,
+    read_answer,
+    read_generation,
+)
 from retro.chunks import Passage
 from retro.config import GenerateConfig, ModelConfig
 from retro.generate import Generation, Prompt, Role, generate, neighbor_tensors, prompt_ids
@@ -368,3 +377,101 @@ def test_a_document_is_read_with_the_passages_of_its_finished_chunks() -> None:
     found = attribute(network(), TOKENIZER, short)
     np.testing.assert_allclose(found.delta_n, 0, atol=1e-12)
     assert not found.attended.sees_n.any()
+
+
+# Explanations
+
+
+def told(text: str, passages: Sequence[Passage], question: str = "where is the cat") -> Answer:
+    """An answer, whether or not a model would give it."""
+    ids = [*TOKENIZER.encode(" " + text).ids.tolist(), TOKENIZER.eos_id]
+    made = Generation(" " + text, ids, [-0.5 - i for i in range(len(ids))], finished=True)
+    return Answer(question=question, text=text, confidence=0.5, passages=list(passages), generation=made)
+
+
+def passage(text: str, title: str = "The cat") -> Passage:
+    return Passage(row=0, key="k", title=title, url="", text=text, continuation="", score=1.0, metadata="{}")
+
+
+@pytest.mark.parametrize("make", [network, fitted], ids=["retro", "retrofit"])
+def test_an_explanation_has_the_attention_of_the_attribution_in_one_forward_pass(make: Any) -> None:
+    model = make()
+    passages = [passage(TEXTS[0]), passage(TEXTS[1], ""), passage("the dog")]
+    answer = told("the dog sat on the log, na\u00efve \U0001f408", passages)
+    found = attribute(model, TOKENIZER, read_answer(answer, TOKENIZER, M), neighbor_len=40).attended
+    passes: list[int] = []
+    hook = model.encoder.register_forward_hook(lambda *_: passes.append(1))
+    why = explain(model, TOKENIZER, answer, neighbor_len=40)
+    hook.remove()
+    assert len(passes) == 1
+    np.testing.assert_allclose(why.share_nP, found.passage_shares()[found.answer], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(why.share_P, why.share_nP.mean(axis=0), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(why.share_nP.sum(axis=1), 1, atol=1e-12)
+    assert "".join(why.tokens) == " " + answer.text
+    assert why.log_prob_n.tolist() == answer.generation.log_probs[:-1]
+    assert len(why.tokens) == len(why.log_prob_n) == len(why.share_nP)
+
+
+def test_a_passage_that_is_there_twice_has_half_of_it_each_time() -> None:
+    answer = told("the dog", [passage("the dog sat"), passage(TEXTS[2]), passage("the dog sat")])
+    why = explain(network(), TOKENIZER, answer)
+    assert why.share_P[0] == pytest.approx(why.share_P[2], abs=1e-12)
+    assert why.share_P.sum() == pytest.approx(1, abs=1e-12)
+    assert why.spans[0] == why.spans[2] == (0, 7)
+
+
+def test_an_answer_that_stands_in_a_passage_was_taken_from_where_it_was_attended_to_most() -> None:
+    text = "a Dog, dogs and a dog and the dog"
+    places = [(2, 5), (18, 21), (30, 33)]
+    found = set()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = network()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn_like(parameter) if parameter.ndim > 1 else parameter)
+        answer = told("dog", [passage(text), passage("nothing of it")])
+        attended = attribute(model, TOKENIZER, read_answer(answer, TOKENIZER, M), neighbor_len=60).attended
+        start = attended.reading.sources[0].start
+        share_r = attended.token_shares(0)[attended.answer].sum(axis=0)
+        sums = [
+            sum(
+                float(share)
+                for share, (a, b) in zip(share_r, attended.source_spans[0] - start, strict=False)
+                if a < place[1] and b > place[0]
+            )
+            for place in places
+        ]
+        why = explain(model, TOKENIZER, answer, neighbor_len=60)
+        assert why.spans[0] == places[int(np.argmax(sums))]
+        found.add(why.spans[0])
+        # Elsewhere it is what was attended to most, where the passage got an even share or more.
+        assert why.spans[1] == (answer_span(attended, 1) if why.share_P[1] >= 0.5 else None)
+    assert len(found) > 1
+    cut = explain(network(), TOKENIZER, answer, neighbor_len=TOKENIZER.encode("title: The cat, source: a Dog").ids.size)
+    assert cut.spans[0] == places[0]  # the others were not read
+
+
+def test_what_was_not_read_or_not_said_has_no_explanation_and_costs_nothing() -> None:
+    model = network()
+    encoder: Any = model.encoder
+    hook = encoder.register_forward_hook(lambda *_: pytest.fail("a forward pass"))
+    closed = explain(model, TOKENIZER, told("the dog", []))
+    assert (closed.share_P.shape, closed.share_nP.shape, closed.spans) == ((0,), (len(closed.tokens), 0), ())
+    assert "".join(closed.tokens) == " the dog"
+    made = Generation("", [TOKENIZER.eos_id], [-1.0], finished=True)
+    silent = dataclasses.replace(told("x", [passage("a"), passage("b")]), text="", generation=made)
+    why = explain(model, TOKENIZER, silent)
+    hook.remove()
+    assert (why.share_P.tolist(), why.spans, why.tokens, why.share_nP.shape) == ([0, 0], (None, None), (), (0, 2))
+
+
+def test_an_asked_answer_is_explained() -> None:
+    model = network()
+    config = GenerateConfig(max_new_tokens=2 * M + 1, num_neighbors=3, neighbor_len=60)
+    answer = ask(model, TOKENIZER, "where is the cat", retriever=Library(), config=config)
+    why = explain(model, TOKENIZER, answer, neighbor_len=60)
+    assert why.share_P.sum() == pytest.approx(1)
+    for span, own in zip(why.spans, answer.passages, strict=True):
+        assert span is None or 0 <= span[0] < span[1] <= len(own.full_text)
+    assert any(why.spans)

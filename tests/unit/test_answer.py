@@ -9,7 +9,16 @@ import torch
 from builders import toy_model_config, toy_tokenizer
 from torch import Tensor
 
-from retro.answer import Answer, ask, passage_text, question_prompt, source_text
+from retro.answer import (
+    MAX_PROMPT_TOKENS,
+    Answer,
+    answer_prompt,
+    ask,
+    ask_many,
+    passage_text,
+    question_prompt,
+    source_text,
+)
 from retro.chunks import Passage
 from retro.config import GenerateConfig
 from retro.data import Batch
@@ -270,3 +279,65 @@ def test_pieces_are_streamed() -> None:
         on_token=lambda _, piece: pieces.append(piece),
     )
     assert "".join(pieces) == answer.generation.text
+
+
+# Many questions, and bad ones
+
+
+def test_many_questions_are_answered_as_each_alone() -> None:
+    model = make_model(1)
+    questions = [
+        QUESTION,
+        "Who was the one that sat there on the mat for so very long?",
+        "W?",
+        "¿Quién? 谁? \U0001f408",
+    ]
+    found = [PASSAGES, PASSAGES[1:], [], PASSAGES[2:]]
+    told: list[str] = [""] * 4
+
+    def on_token(number: int, piece: str) -> None:
+        told[number] += piece
+
+    answers = ask_many(model, toy_tokenizer(), questions, found, settings(2), on_token=on_token)
+    for question, few, answer, text in zip(questions, found, answers, told, strict=True):
+        alone = ask(model, toy_tokenizer(), question, retriever=Shelf(few), config=settings(2))
+        assert (answer.question, answer.text) == (question, alone.text)
+        assert answer.passages == alone.passages == few[:2]
+        assert answer.generation.ids == alone.generation.ids
+        assert answer.confidence == pytest.approx(alone.confidence, abs=1e-5)
+        assert answer.prompt_tokens == len(prompt_ids(question_prompt(question), toy_tokenizer()))
+        assert text == answer.generation.text
+
+
+def test_passages_for_other_questions_than_were_asked_are_refused() -> None:
+    with pytest.raises(ConfigError, match="2 questions and passages for 1"):
+        ask_many(make_model(0), toy_tokenizer(), [QUESTION, QUESTION], [PASSAGES])
+    with pytest.raises(ConfigError, match="no prompt"):
+        ask_many(make_model(0), toy_tokenizer(), [], [])
+
+
+def test_a_passage_without_a_title_has_none() -> None:
+    untitled = passage("one", title="", continuation=" and more")
+    assert passage_text(untitled) == source_text("", "one and more") == "source: one and more"
+    assert passage_text(PASSAGES[0]) == "title: A title, source: one and more"
+
+
+def test_a_question_as_long_as_a_book_is_refused_before_anything_is_looked_up() -> None:
+    frame = len(prompt_ids(question_prompt("W"), toy_tokenizer())) - 1
+    longest = "W" * (MAX_PROMPT_TOKENS - frame)
+    assert len(answer_prompt(longest, PASSAGES, toy_tokenizer(), M).ids) == MAX_PROMPT_TOKENS
+    with pytest.raises(ConfigError, match=f"has {MAX_PROMPT_TOKENS + 1} tokens, at most {MAX_PROMPT_TOKENS} are read"):
+        answer_prompt(longest + "W", PASSAGES, toy_tokenizer(), M)
+    shelf = Shelf()
+    with pytest.raises(ConfigError, match="the question is too long"):
+        ask(make_model(0), toy_tokenizer(), "word " * 10_000, retriever=shelf)
+    assert shelf.asked == []
+
+
+def test_a_prompt_has_its_passages_where_it_ends() -> None:
+    for length in range(1, 2 * M):
+        prompt = answer_prompt("W" * length, PASSAGES, toy_tokenizer(), M)
+        assert prompt.passages is not None
+        assert prompt.passages == {
+            (len(prompt.ids) + -len(prompt.ids) % M) // M - 1: [passage_text(p) for p in PASSAGES]
+        }
