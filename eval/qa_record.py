@@ -7,6 +7,7 @@ Letters: N questions.
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -296,13 +297,14 @@ class _Table:
             for mode in self.modes:
                 values = [line["modes"][mode][field] for line in self._lines if field in line["modes"].get(mode, {})]
                 if values:
-                    low, high = bootstrap_mean(
-                        np.array(values, float), seed=self._seed, resamples=_resamples(len(values))
-                    )
-                    figures[f"{name}, {TITLES[mode]}"] = Figure(
-                        value=float(np.mean(values)), unit=unit, low=low, high=high, count=len(values)
-                    )
+                    mean = Figure(value=float(np.mean(values)), unit=unit, count=len(values))
+                    # Seconds are those of a batch, shared out: no interval over questions.
+                    figures[f"{name}, {TITLES[mode]}"] = mean if unit == "s" else self._with_interval(mean, values)
         return figures
+
+    def _with_interval(self, mean: Figure, values: Sequence[float]) -> Figure:
+        low, high = bootstrap_mean(np.array(values, float), seed=self._seed, resamples=_resamples(len(values)))
+        return replace(mean, low=low, high=high)
 
     def units(self) -> dict[str, list[Any]]:
         """A row for each question; None where a mode did not answer it."""

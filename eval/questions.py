@@ -98,8 +98,11 @@ def _question(
         return "`answers` must be a list of strings"
     if not any(answer.strip() for answer in answers):
         return "`answers` is empty: a question without an accepted answer cannot be scored"
+    named = fields.get("gold") or []
+    if not isinstance(named, list):
+        return "`gold` must be a list of the documents that hold the answer"
     gold = []
-    for entry in [*([fields["para_id"]] if "para_id" in fields else []), *(fields.get("gold") or [])]:
+    for entry in [*([fields["para_id"]] if "para_id" in fields else []), *named]:
         if isinstance(entry, str):
             gold.append(entry)
         elif isinstance(entry, list) and len(entry) >= 2:
