@@ -75,12 +75,12 @@ def prompt_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def texts(paragraphs: list[dict[str, Any]]) -> list[Line]:
-    """Two questions about each of 20 paragraphs, with an answer that stands in it."""
+    """Two questions about each of 20 paragraphs: one whose answer stands beside its words, one whose answer ends the paragraph."""
     made = []
     for number, paragraph in enumerate(paragraphs[:20]):
         words = paragraph["text"].split()
         for start in (3, 30):
-            answer = " ".join(words[start + 5 : start + 7]).strip(".,")
+            answer = " ".join(words[start + 5 : start + 7] if start == 3 else words[-2:]).strip(".,")
             question = "What is said of " + " ".join(words[start : start + 5]) + "?"
             made.append({"id": f"{number}-{start}", "question": question, "answers": [answer]})
             made[-1]["para_id"] = paragraph["id"]
@@ -192,7 +192,9 @@ def test_figures_are_those_of_the_predictions(measured: Path) -> None:
     for where, belongs in subsets.items():
         for mode, title in titles.items():
             said = [line["modes"][mode] for line in lines if belongs(line) and mode in line["modes"]]
-            assert said, (where, mode)
+            if not said:
+                assert f"exact match{where}, {title}" not in record.figures
+                continue
             figure = record.figures[f"exact match{where}, {title}"]
             assert figure.count == len(said)
             assert figure.value == pytest.approx(100 * np.mean([s["exact_match"] for s in said]))
