@@ -478,7 +478,7 @@ class QuestionBatches:
             batch = replace(batch, neighbors_BLKR=None, keep_BLKR=None)
         return compacted(batch) if self._compact else batch
 
-    def _row(self, corpus: int, number: int, reading: Reading, neighbor_dropout: float, neighbors: Retrieval) -> _Row:
+    def _row(self, corpus: int, number: int, neighbor_dropout: float, neighbors: Retrieval) -> _Row:
         data = self._corpora[corpus]
         question, generator = self._placed(corpus, number)
         passages, target = self._chosen(data, question, generator)

@@ -169,7 +169,7 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
             )
     if run.base is None:
         run = replace(run, model=replace(run.model, vocab_size=tokenizer.vocab_size))
-    prints = [artifact.fingerprint(data.manifest["files"]) for data in (*corpora.values(), *questions)]
+    prints = [artifact.fingerprint(data.manifest["files"]) for data in _opened_data(corpora, questions)]
     model = _network(run, tokenizer, device, dtype)
     if config.activation_checkpointing:
         model.checkpoint_activations()
@@ -204,8 +204,14 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
     )
 
 
+def _opened_data(
+    corpora: dict[str, TrainingData], questions: Sequence[QuestionData]
+) -> list[TrainingData | QuestionData]:
+    return [*corpora.values(), *questions]
+
+
 def _common_tokenizer(corpora: dict[str, TrainingData], questions: Sequence[QuestionData]) -> Tokenizer:
-    opened = [*corpora.values(), *questions]
+    opened = _opened_data(corpora, questions)
     for data in opened[1:]:
         if data.tokenizer.fingerprint != opened[0].tokenizer.fingerprint:
             raise MismatchError(
@@ -865,7 +871,7 @@ def _complete(parts: Setup, out: Path, state: TrainingState, metrics: Metrics) -
     if best is not None:
         load_best(out, parts.model, best)
     figures: dict[str, Any] = {
-        "data": ", ".join(data.folder.name for data in (*parts.corpora.values(), *parts.questions)),
+        "data": ", ".join(data.folder.name for data in _opened_data(parts.corpora, parts.questions)),
         "steps": state.step,
         "tokens": state.tokens,
         "epochs": state.sequence / parts.batches.sequences_per_epoch,

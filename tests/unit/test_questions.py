@@ -1,0 +1,341 @@
+"""Question data: what is written is what is read; what a question is trained with, against a naive account of the rules."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import toy_model_config, toy_tokenizer
+
+from retro.answer import question_prompt, source_text
+from retro.config import TrainConfig
+from retro.data import Batch
+from retro.errors import ConfigError, FormatError, MismatchError
+from retro.generate import prompt_ids
+from retro.model import Retro
+from retro.questions import (
+    LONGEST_PROMPT,
+    Curriculum,
+    QuestionBatches,
+    QuestionData,
+    QuestionItem,
+    QuestionWriter,
+    Reading,
+    WithReplay,
+    answer_ids,
+    compacted,
+    open_questions,
+    question_batch,
+)
+from retro.tokenizer import Tokenizer
+
+M, R = 16, 36
+TOKENIZER = toy_tokenizer()
+PASSAGES = [f"number {n:02} says {n * 7}" for n in range(12)]
+ITEMS = [
+    ("Who is one?", "Uno", [(0, None), (1, "UNO"), (2, None), (3, "uno")], None),
+    ("Who is two?", "Due", [(4, None), (5, None)], 6),
+    ("Who is three?", "Tre", [(7, "Tre")], 8),
+    ("Who is nobody?", "Nemo", [], None),
+    ("Who is five, and why would anybody ask so much at once?", "Cinque", [(9, "Cinque e sei"), (10, None)], None),
+]
+"""Question, answer, candidates, own."""
+
+
+def made(folder: Path, *, split: str = "train", copies: int = 1) -> QuestionData:
+    with QuestionWriter(folder, TOKENIZER, recipe={"copies": copies}) as writer:
+        for text in PASSAGES:
+            writer.passage("T", text)
+        for _ in range(copies):
+            for number, (question, answer, candidates, own) in enumerate(ITEMS):
+                writer.add(
+                    question=question,
+                    answer=answer,
+                    candidates=candidates,
+                    split=split,
+                    own=own,
+                    group=f"g{number % 2}",
+                )
+    return QuestionData(folder)
+
+
+def batches(data: QuestionData, **options: object) -> QuestionBatches:
+    defaults = {"chunk_len": M, "neighbor_len": R, "seed": 3}
+    return QuestionBatches([data], "train", **(defaults | options))  # type: ignore[arg-type]
+
+
+def text_of(ids: torch.Tensor) -> str:
+    return TOKENIZER.decode(ids.tolist())
+
+
+def read(batch: Batch, row: int) -> tuple[str, str, set[str]]:
+    """Prompt, answer and passages of a row, from its tensors alone."""
+    inputs, keep, loss = batch.inputs_BT[row], batch.keep_BT[row], batch.loss_BT[row]
+    answer = batch.targets_BT[row][loss]
+    assert answer[-1] == TOKENIZER.eos_id
+    sources: set[str] = set()
+    if batch.neighbors_BLKR is not None and batch.keep_BLKR is not None:
+        for chunk in range(batch.keep_BLKR.shape[1]):
+            for ids, there in zip(batch.neighbors_BLKR[row, chunk], batch.keep_BLKR[row, chunk], strict=True):
+                if there.any():
+                    sources.add(text_of(ids[there]))
+    given = int(keep.sum()) - len(answer) + 1
+    return text_of(inputs[keep][:given]), text_of(answer[:-1]), sources
+
+
+def cut(number: int) -> str:
+    """What the network reads of a passage."""
+    return TOKENIZER.decode(TOKENIZER.encode(source_text("T", PASSAGES[number])).ids[:R].tolist())
+
+
+def test_question_data_holds_what_was_written(tmp_path: Path) -> None:
+    data = made(tmp_path / "a.questions")
+    assert data.questions("train").tolist() == [0, 1, 2, 3, 4]
+    assert data.groups == ["g0", "g1"]
+    assert [data.groups[g] for g in data.arrays.groups] == ["g0", "g1", "g0", "g1", "g0"]
+    for number, text in enumerate(PASSAGES):
+        assert data.passage(number).tolist() == TOKENIZER.encode(source_text("T", text)).ids.tolist()
+    for number, (question, answer, candidates, own) in enumerate(ITEMS):
+        assert data.prompt(number).tolist() == prompt_ids(question_prompt(question), TOKENIZER)
+        assert data.target(int(data.arrays.targets[number])).tolist() == answer_ids(answer, TOKENIZER)
+        assert data.arrays.own[number] == (-1 if own is None else own)
+        passages, targets = data.candidates(number)
+        assert passages.tolist() == [p for p, _ in candidates]
+        said = [None if t < 0 else TOKENIZER.decode(data.target(t).tolist()).strip() for t in targets.tolist()]
+        assert said == [t for _, t in candidates]
+
+
+def test_the_same_recipe_is_finished_and_another_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "a.questions"
+    made(folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with QuestionWriter(folder, TOKENIZER, recipe={"copies": 1}) as writer:
+        assert writer.finished
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with pytest.raises(ConfigError, match=r"copies: 1 -> 2"):
+        QuestionWriter(folder, TOKENIZER, recipe={"copies": 2})
+
+
+def test_no_question_and_a_damaged_folder_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no question"):
+        QuestionWriter(tmp_path / "none.questions", TOKENIZER, recipe={}).complete()
+    folder = tmp_path / "a.questions"
+    made(folder)
+    path = folder / "arrays" / "prompt_ids.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(FormatError, match=r"prompt_ids.npy has .* bytes instead"):
+        QuestionData(folder)
+
+
+def test_a_prompt_that_is_too_long_is_left_out_and_counted(tmp_path: Path) -> None:
+    with QuestionWriter(tmp_path / "a.questions", TOKENIZER, recipe={}) as writer:
+        assert not writer.add(question="x" * (2 * LONGEST_PROMPT), answer="a", candidates=[], split="train")
+        assert writer.add(question="Who?", answer="a", candidates=[], split="train")
+    data = QuestionData(tmp_path / "a.questions")
+    assert (data.manifest["too_long"], len(data.questions("train"))) == (1, 1)
+
+
+def test_data_of_two_tokenizers_do_not_mix(tmp_path: Path) -> None:
+    made(tmp_path / "a.questions")
+    other = Tokenizer.train(["some other text"], 300)
+    with QuestionWriter(tmp_path / "b.questions", other, recipe={}) as writer:
+        writer.add(question="Who?", answer="a", candidates=[], split="train")
+    with pytest.raises(MismatchError, match="different tokenizers"):
+        open_questions([str(tmp_path / "a.questions"), str(tmp_path / "b.questions")])
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_what_questions_are_read_with_keeps_the_rules(tmp_path: Path, K: int, own: bool) -> None:
+    source = batches(made(tmp_path / "a.questions"), reading=Reading(num_passages=K, own=own))
+    seen: dict[str, set[frozenset[str]]] = {}
+    for row in range(size := 5 * 40):
+        prompt, answer, sources = read(source.batch(row, 1), 0)
+        number = next(n for n, item in enumerate(ITEMS) if question_prompt(item[0]) == prompt)
+        _, default, candidates, made_of = ITEMS[number]
+        said = {cut(p): t for p, t in candidates}
+        holding = [t for s in sources if (t := said.get(s)) is not None]
+        by_own = made_of is not None and (own or not any(t for _, t in candidates))
+        if by_own:
+            assert cut(made_of) in sources  # type: ignore[arg-type]
+            assert (answer.strip(), holding) == (default, [])
+        elif any(t for _, t in candidates):
+            assert answer.strip() in holding
+        else:
+            assert answer.strip() == default
+        assert sources <= {*said, *([] if made_of is None else [cut(made_of)])}
+        available = sum(t is None for t in said.values()) + 1 if by_own else len(said)
+        assert len(sources) == min(K, available)
+        if not by_own and len(said) > K:  # distractors come before more evidence
+            assert len(holding) == max(1 if any(said.values()) else 0, K - sum(t is None for t in said.values()))
+        seen.setdefault(prompt, set()).add(frozenset(sources))
+    assert seen.keys() == {question_prompt(item[0]) for item in ITEMS}
+    if K == 2 and not own:
+        assert len(seen[question_prompt(ITEMS[0][0])]) == 4  # one of two holding, one of two others
+    assert size == 200
+
+
+def test_evidence_is_left_out_and_the_book_closed_as_often_as_asked(tmp_path: Path) -> None:
+    data = made(tmp_path / "a.questions")
+    source = batches(data, reading=Reading(num_passages=2, evidence_share=0.75))
+    counts: Counter[str] = Counter()
+    for row in range(2000):
+        prompt, answer, sources = read(source.batch(row, 1, neighbor_dropout=0.1), 0)
+        if prompt == question_prompt(ITEMS[0][0]):
+            evident = bool(sources & {cut(1), cut(3)})
+            assert answer.strip() in (("UNO", "uno") if evident else ("Uno",))
+            counts["closed" if not sources else "evident" if evident else "other"] += 1
+    total = sum(counts.values())
+    assert total == 400
+    # Three deviations of a binomial with 400 draws.
+    assert abs(counts["closed"] / total - 0.1) < 0.045
+    assert abs(counts["evident"] / total - 0.9 * 0.75) < 0.07
+
+
+def test_a_batch_is_the_same_in_whatever_company(tmp_path: Path) -> None:
+    source = batches(made(tmp_path / "a.questions", copies=3), reading=Reading(num_passages=2), compact=False)
+    whole = source.batch(4, 12)
+    parts = Batch.joined([_wide(source.batch(4 + n, 1), whole.inputs_BT.shape[1]) for n in range(12)])
+    for name, tensor in whole.tensors().items():
+        torch.testing.assert_close(tensor, parts.tensors()[name], rtol=0, atol=0)
+
+
+def _wide(batch: Batch, T: int) -> Batch:
+    """The same with empty slots behind, as beside longer rows."""
+    L = T // M
+
+    def grown(x: torch.Tensor) -> torch.Tensor:
+        size = T if x.shape[1] == batch.inputs_BT.shape[1] else L
+        more = x.new_zeros(x.shape[0], size - x.shape[1], *x.shape[2:])
+        return torch.cat([x, more], dim=1)
+
+    return Batch(**{name: grown(tensor) for name, tensor in batch.tensors().items()})  # type: ignore[arg-type]
+
+
+def test_an_epoch_holds_every_question_once_in_an_order_of_its_own(tmp_path: Path) -> None:
+    source = batches(made(tmp_path / "a.questions", copies=4))
+    orders = []
+    for epoch in range(2):
+        prompts = [read(source.batch(20 * epoch + n, 1), 0)[0] for n in range(20)]
+        assert Counter(prompts) == Counter({question_prompt(item[0]): 4 for item in ITEMS})
+        orders.append(prompts)
+    assert orders[0] != orders[1]
+    fixed = batches(made(tmp_path / "a.questions", copies=4), permute=False)
+    assert [read(fixed.batch(n, 1), 0)[0] for n in range(5)] == [question_prompt(item[0]) for item in ITEMS]
+
+
+def test_shuffled_questions_keep_their_answers_and_read_what_others_do(tmp_path: Path) -> None:
+    source = batches(made(tmp_path / "a.questions"), permute=False, reading=Reading(num_passages=4))
+    on, off, shuffled = (source.batch(0, 5, neighbors=mode) for mode in ("on", "off", "shuffled"))  # type: ignore[arg-type]
+    assert off.neighbors_BLKR is None
+    for row in range(5):
+        assert read(shuffled, row)[:2] == read(on, row)[:2]
+        assert read(shuffled, row)[2] == read(source.batch(row + 2, 1), 0)[2]
+
+
+def test_context_passages_stand_before_the_question_and_are_not_read_twice(tmp_path: Path) -> None:
+    data = made(tmp_path / "a.questions")
+    plain = batches(data, permute=False, reading=Reading(num_passages=3))
+    context = batches(data, permute=False, reading=Reading(num_passages=3), context_passages=1)
+    for row in (0, 1, 4):
+        prompt, answer, sources = read(plain.batch(row, 1), 0)
+        longer, same, rest = read(context.batch(row, 1), 0)
+        assert same == answer
+        (first,) = [number for number in range(12) if longer == source_text("T", PASSAGES[number]) + prompt]
+        assert rest == sources - {cut(first)}
+        order = [p for p, _ in ITEMS[row][2]]
+        best = min((order.index(n) for n in range(12) if cut(n) in sources and n in order), default=0)
+        assert first == (ITEMS[row][3] if ITEMS[row][3] is not None and cut(ITEMS[row][3]) in sources else order[best])
+
+
+def test_leaving_out_empty_columns_changes_no_loss_and_no_gradient() -> None:
+    torch.manual_seed(0)
+    config = toy_model_config(vocab_size=TOKENIZER.vocab_size, chunk_len=M)
+    model = Retro(config).initialize(torch.Generator().manual_seed(0)).double()
+    items = [QuestionItem(q, a * 5, [PASSAGES[n], PASSAGES[n + 1]][: n % 3]) for n, (q, a, *_) in enumerate(ITEMS)]
+    found = []
+    for make in (lambda batch: batch, compacted):
+        model.zero_grad()
+        batch = make(question_batch(items, TOKENIZER, M, neighbor_len=R))
+        loss = model(**batch.tensors())
+        loss.backward()
+        found.append((loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-11, atol=1e-12)
+    whole = question_batch(items, TOKENIZER, M, neighbor_len=R)
+    assert compacted(whole).inputs_BT.shape[1] == int(whole.keep_BT.sum(dim=1).max()) < whole.inputs_BT.shape[1]
+
+
+class _Text:
+    """Stands for text: a batch says which sequences it holds."""
+
+    def batch(self, first: int, size: int, **_: object) -> tuple[str, int, int]:
+        return "text", first, size
+
+
+class _Questions(_Text):
+    sequences_per_epoch = 10
+    num_neighbors = 1
+    reading = Reading(num_passages=1)
+
+    def batch(self, first: int, size: int, **_: object) -> tuple[str, int, int]:
+        return "questions", first, size
+
+
+def test_replay_takes_its_share_of_the_steps_and_ranks_share_its_sequences() -> None:
+    mixed = WithReplay(_Questions(), _Text(), share=0.25, sequences=4, batch_size=8)  # type: ignore[arg-type]
+    steps = [mixed.batch(8 * step, 8) for step in range(40)]
+    assert sum(step[0] == "text" for step in steps) == 10  # type: ignore[index]
+    for kind, sequences in (("text", 4), ("questions", 8)):
+        own = [step for step in steps if step[0] == kind]  # type: ignore[index]
+        assert own == [(kind, n * sequences, sequences) for n in range(len(own))]
+    for step in range(8):
+        halves = [mixed.batch(8 * step + 4 * rank, 4) for rank in range(2)]
+        kind, first, size = steps[step]  # type: ignore[misc]
+        assert halves == [(kind, first, size // 2), (kind, first + size // 2, size // 2)]
+
+
+def test_the_curriculum_grows_when_the_present_number_is_mastered_or_its_share_of_the_steps_has_passed() -> None:
+    config = TrainConfig(passages=(1, 2, 4), passages_grow_at=0.9, steps=300, evidence_share=0.7, own_share=0.1)
+    course = Curriculum(config, [])
+    assert [course.reading(step).num_passages for step in (1, 100, 101, 200, 201, 300)] == [1, 1, 2, 2, 4, 4]
+    assert [course.reading(step).own for step in (1, 30, 31)] == [True, True, False]
+    assert course.reading(5).evidence_share == 0.7
+    course.add({"step": 10, "passages": 1, "valid_exact_match": 0.89})
+    assert course.reading(11).num_passages == 1
+    course.add({"step": 20, "passages": 1, "valid_exact_match": 0.9})
+    assert course.reading(21).num_passages == 2
+    course.add({"step": 30, "passages": 1, "valid_exact_match": 0.99})  # of another number: it says nothing
+    course.add({"step": 35, "loss_nats": 1.0})
+    assert course.reading(31).num_passages == 2
+    lines = [
+        {"step": 20, "passages": 1, "valid_exact_match": 0.9},
+        {"step": 40, "passages": 2, "valid_exact_match": 1.0},
+    ]
+    again = Curriculum(config, lines)
+    assert again.reading(41).num_passages == 4
+    again.add({"step": 50, "passages": 4, "valid_exact_match": 1.0})
+    assert again.reading(51).num_passages == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("passages", (), "passages = "),
+        ("passages", (2, 1), "passages = "),
+        ("passages", (0, 1), "passages = "),
+        ("evidence_share", 1.5, "evidence_share = 1.5"),
+        ("replay_share", 0.0, "replay_share = 0.0"),
+        ("context_passages", -1, "context_passages = -1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(setting: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        TrainConfig(**{setting: value})  # type: ignore[arg-type]
+
+
+def test_a_split_without_questions_is_an_error(tmp_path: Path) -> None:
+    data = made(tmp_path / "a.questions")
+    with pytest.raises(ConfigError, match="no question in the split 'valid'"):
+        QuestionBatches([data], "valid", chunk_len=M, neighbor_len=R, seed=0)
+    assert np.all(data.arrays.splits == 0)
