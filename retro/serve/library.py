@@ -7,6 +7,7 @@ began with.
 import asyncio
 import json
 import logging
+import re
 import tempfile
 import threading
 import time
@@ -21,14 +22,14 @@ from index_builder.filters import Filter
 from index_builder.live import Changes, add_documents, remove_documents
 from index_builder.search import METHODS, IndexRetriever, Method
 from retro.chunks import Passage
-from retro.errors import ConfigError
+from retro.errors import ConfigError, CorpusError
 from retro.generate import Role
 from retro.serve.engine import call_soon
 from retro.serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
-CORPUS = "api"
-"""Of documents that come by requests: their keys are api:ID."""
+TEMPORARY, DOCUMENTS = "retro-documents-", "documents.jsonl"
+_DOCUMENTS = re.compile(rf"\S*{TEMPORARY}\w+/{re.escape(DOCUMENTS)}")
 
 
 class Question(NamedTuple):
@@ -215,7 +216,12 @@ class Library:
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._changer, self._do, change))
 
     def _do(self, change: Callable[[], Any]) -> Any:
-        result = change()
+        try:
+            result = change()
+        except (ConfigError, CorpusError) as error:
+            # The client learns nothing of where things lie.
+            message = _DOCUMENTS.sub("documents", str(error)).replace(str(self._retriever.folder), self.name)
+            raise type(error)(message) from error
         with self._search_lock:
             self._note(self._retriever.manifest)
         return result
@@ -225,8 +231,8 @@ class Library:
             retriever, recipe = self._retriever, self._retriever.manifest["recipe"]
         read = config_of(recipe).read
         names = {"id": read.id_field, "text": read.text_field, "title": read.title_field}
-        with tempfile.TemporaryDirectory(prefix="retro-documents-") as folder:
-            path = Path(folder) / "documents.jsonl"
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
+            path = Path(folder) / DOCUMENTS
             with path.open("w", encoding="ascii") as file:
                 for document in documents:
                     record = {names.get(field, field): value for field, value in document.items()}

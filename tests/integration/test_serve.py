@@ -1,0 +1,918 @@
+"""The server as its users meet it: a real one on a free port, asked by OpenAI's own client, by httpx and by bare sockets."""
+
+import concurrent.futures
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import builders
+import httpx
+import openai
+import pytest
+import torch
+from builders import toy_model_config
+from commands import command, refused
+
+from index_builder.live import add_documents
+from index_builder.search import IndexRetriever
+from retro.answer import ask
+from retro.checkpoint import load_model, save_model
+from retro.config import GenerateConfig
+from retro.generate import generate, prompt_ids
+from retro.model import Retro
+from retro.serve.chat import Turn, chat_prompt
+from retro.serve.config import Keys, ServeConfig
+from retro.serve.server import Server, serve
+from retro.tokenizer import Tokenizer
+
+one_thread = pytest.fixture(autouse=True)(builders.one_thread)
+USER, OTHER, ADMIN = "user-key-0123456789", "other-key-0123456789", "admin-key-0123456789"
+QUESTION = "When did the 1973 oil crisis begin?"
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that runs in a thread of this process."""
+
+    url: str
+    server: Server
+    index: Path
+    clients: dict[str, openai.OpenAI] = field(default_factory=dict)
+
+    @property
+    def service(self) -> Any:
+        return self.server._service
+
+    def openai(self, key: str = USER) -> openai.OpenAI:
+        if key not in self.clients:
+            self.clients[key] = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+        return self.clients[key]
+
+    def http(self, key: str | None = USER) -> httpx.Client:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, large enough that passages change what is said; it never says EOS."""
+    tokenizer = Tokenizer.load(str(tokenizer_folder))
+    model = Retro(
+        toy_model_config(vocab_size=tokenizer.vocab_size, dim=32, num_layers=3, cca_layers=(2, 3), tie_embeddings=False)
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=1.5 / parameter.shape[1] ** 0.5, generator=generator)
+        assert model.head is not None
+        model.head.weight[tokenizer.eos_id] = 0.0
+    folder = tmp_path_factory.mktemp("serve") / "toy.model"
+    save_model(folder, model, tokenizer)
+    return folder
+
+
+Start = Callable[..., contextlib.AbstractContextManager[Running]]
+
+
+@pytest.fixture(scope="module")
+def start(model_folder: Path, tiny_index: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Starts a server of its own for a test, with a copy of the index that may be changed."""
+
+    @contextlib.contextmanager
+    def started(
+        *, keys: bool = True, others: dict[str, Path] | None = None, index: bool = True, **settings: Any
+    ) -> Iterator[Running]:
+        folder = tmp_path_factory.mktemp("served")
+        copied = folder / "wiki.index"
+        shutil.copytree(tiny_index, copied)
+        (folder / "keys").write_text(f'# users\n{USER}\n{OTHER} title = "1973_oil_crisis"\n'.replace("_", " "))
+        (folder / "admin").write_text(ADMIN + "\n")
+        read = Keys.read(key_file=folder / "keys", admin_file=folder / "admin") if keys else Keys.read()
+        began: list[tuple[Server, int]] = []
+        ready = threading.Event()
+
+        def on_start(server: Server, port: int) -> None:
+            began.append((server, port))
+            ready.set()
+
+        failed: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                indexes = ({"wiki": copied} | (others or {})) if index else {}
+                values: dict[str, Any] = {"port": 0, "model_name": "toy", **settings}
+                config = ServeConfig(**values)
+                serve(model_folder, indexes, config, read, on_start=on_start)
+            except BaseException as error:
+                failed.append(error)
+            finally:
+                ready.set()
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        ready.wait()
+        if failed:
+            raise failed[0]
+        server, port = began[0]
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: server.started or not thread.is_alive())
+        one = Running(url, server, copied)
+        try:
+            yield one
+        finally:
+            for client in one.clients.values():
+                client.close()
+            server.should_exit = True
+            thread.join(timeout=30)
+            assert not thread.is_alive()
+            assert failed == []
+
+    return started
+
+
+@pytest.fixture(scope="module")
+def running(start: Start) -> Iterator[Running]:
+    """A server whose index no test changes."""
+    with start() as one:
+        yield one
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.005)
+
+
+def retro_of(reply: Any) -> dict[str, Any]:
+    """What a reply to OpenAI's client says beyond OpenAI's API."""
+    extra: dict[str, Any] = reply.to_dict()["retro"]
+    return extra
+
+
+def loaded(folder: Path) -> tuple[Any, Tokenizer]:
+    model, tokenizer, _ = load_model(folder)
+    return model, tokenizer
+
+
+def events_of(reply: httpx.Response) -> list[tuple[str, Any]]:
+    """Names and values of server-sent events."""
+    found = []
+    for block in reply.read().decode().strip().split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.split("\n"))
+        data = fields["data"]
+        found.append((fields.get("event", ""), data if data == "[DONE]" else json.loads(data)))
+    return found
+
+
+# OpenAI's client
+
+
+def test_a_completion_is_what_the_model_continues_by_itself(running: Running, model_folder: Path) -> None:
+    client = running.openai()
+    reply = client.completions.create(model="toy", prompt="The oil crisis", max_tokens=20, temperature=0, logprobs=3)
+    model, tokenizer = loaded(model_folder)
+    config = GenerateConfig(max_new_tokens=20, num_neighbors=2)
+    retriever = IndexRetriever.open(running.index)
+    (alone,) = generate(model, tokenizer, ["The oil crisis"], config, retriever=retriever)
+    choice = reply.choices[0]
+    assert (choice.text, choice.finish_reason) == (alone.text, "length")
+    assert reply.usage is not None
+    prompt = len(prompt_ids("The oil crisis", tokenizer))
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (
+        prompt,
+        20,
+        prompt + 20,
+    )
+    assert choice.logprobs is not None
+    assert choice.logprobs.token_logprobs == pytest.approx(alone.log_probs, abs=1e-4)
+    for value, top in zip(choice.logprobs.token_logprobs or [], choice.logprobs.top_logprobs or [], strict=True):
+        assert len(top) == 3
+        assert max(top.values()) == value  # it is greedy
+    passages = retro_of(reply)["passages"]
+    assert [p["key"] for p in passages] == [p.key for few in alone.retrieved.values() for p in few]
+    assert {p["chunk"] for p in passages} == set(alone.retrieved)
+
+
+def test_retrieval_can_be_turned_off_for_a_request(running: Running, model_folder: Path) -> None:
+    create = running.openai().completions.create
+    reply = create(model="toy", prompt="The oil crisis", max_tokens=20, temperature=0, extra_body={"k": 0})
+    model, tokenizer = loaded(model_folder)
+    (alone,) = generate(model, tokenizer, ["The oil crisis"], GenerateConfig(max_new_tokens=20, num_neighbors=0))
+    assert reply.choices[0].text == alone.text
+    assert retro_of(reply)["passages"] == []
+
+
+def test_a_chat_reads_the_passages_of_the_last_question(running: Running, model_folder: Path) -> None:
+    messages: list[Any] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is the capital?"},
+        {"role": "assistant", "content": "Warsaw."},
+        {"role": "user", "content": [{"type": "text", "text": QUESTION}]},
+    ]
+    reply = running.openai().chat.completions.create(
+        model="toy",
+        messages=messages,
+        max_completion_tokens=12,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=2,
+        extra_body={"k": 4},
+    )
+    choice = reply.choices[0]
+    assert choice.message.role == "assistant"
+    assert choice.message.content
+    found = IndexRetriever.open(running.index).retrieve([QUESTION], 4, role="query")[0]
+    retro = retro_of(reply)
+    assert [p["key"] for p in retro["passages"]] == [p.key for p in found]
+    assert [p["text"] for p in retro["passages"]] == [p.full_text for p in found]
+    _, tokenizer = loaded(model_folder)
+    turns = [Turn(m["role"], m["content"] if isinstance(m["content"], str) else QUESTION) for m in messages]
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens == len(prompt_ids(chat_prompt(turns), tokenizer))
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert len(choice.logprobs.content) == reply.usage.completion_tokens == 12
+    for entry in choice.logprobs.content:
+        assert len(entry.top_logprobs) == 2
+        assert (entry.token, entry.logprob) == (entry.top_logprobs[0].token, entry.top_logprobs[0].logprob)
+    closed = running.openai().chat.completions.create(
+        model="toy", messages=messages, max_tokens=12, temperature=0, extra_body={"k": 0}
+    )
+    assert closed.choices[0].message.content != choice.message.content
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_stream_says_what_the_whole_reply_says(running: Running, chat: bool) -> None:
+    client = running.openai()
+    common: dict[str, Any] = {"model": "toy", "max_tokens": 24, "temperature": 0, "stop": ["zzz"]}
+    if chat:
+        messages: list[Any] = [{"role": "user", "content": QUESTION}]
+        whole = client.chat.completions.create(messages=messages, **common)
+        chunks = list(
+            client.chat.completions.create(
+                messages=messages, stream=True, stream_options={"include_usage": True}, **common
+            )
+        )
+        assert chunks[0].choices[0].delta.role == "assistant"
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        assert text == whole.choices[0].message.content
+        assert retro_of(chunks[0]) == retro_of(whole)
+    else:
+        whole = client.completions.create(prompt="The oil", **common)
+        chunks = list(
+            client.completions.create(prompt="The oil", stream=True, stream_options={"include_usage": True}, **common)
+        )
+        assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
+        assert retro_of(chunks[-2]) == retro_of(whole)
+    assert len(chunks) > 10
+    assert len({c.id for c in chunks}) == 1
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason == "length"
+    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+
+
+def test_a_stop_text_ends_the_reply_and_is_not_in_it(running: Running) -> None:
+    create = running.openai().completions.create
+    choice = create(model="toy", prompt="The oil", max_tokens=30, temperature=0, logprobs=0).choices[0]
+    free, offsets = choice.text, (choice.logprobs and choice.logprobs.text_offset) or []
+    stop = next(
+        free[o - 1 : o + 1] for o in offsets[5:] if free.find(free[o - 1 : o + 1]) == o - 1
+    )  # ends one token, begins another
+    wanted = free[: free.find(stop)]
+    reply = create(model="toy", prompt="The oil", max_tokens=30, temperature=0, stop=["never said", stop])
+    assert (reply.choices[0].text, reply.choices[0].finish_reason) == (wanted, "stop")
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens < 30
+    chunks = list(create(model="toy", prompt="The oil", max_tokens=30, temperature=0, stop=stop, stream=True))
+    assert "".join(c.choices[0].text for c in chunks) == wanted
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_seeds_and_several_choices(running: Running) -> None:
+    create = running.openai().completions.create
+    options: dict[str, Any] = {"model": "toy", "prompt": "The oil", "max_tokens": 12, "temperature": 1.0}
+    first, again = create(n=3, seed=7, **options), create(n=3, seed=7, **options)
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in again.choices]
+    assert len(set(texts)) == 3
+    assert [choice.index for choice in first.choices] == [0, 1, 2]
+    assert create(seed=8, **options).choices[0].text == texts[1]
+    assert create(**options).choices[0].text != create(**options).choices[0].text
+    streamed = ["", "", ""]
+    for chunk in create(n=3, seed=7, stream=True, **options):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == texts
+
+
+def test_several_prompts_are_several_choices(running: Running, model_folder: Path) -> None:
+    create = running.openai().completions.create
+    _, tokenizer = loaded(model_folder)
+    texts = ["The oil", "A forest of trees"]
+    alone = [create(model="toy", prompt=t, max_tokens=9, temperature=0).choices[0].text for t in texts]
+    ids = [tokenizer.encode(t).ids.tolist() for t in texts]
+    for prompt in (texts, ids):
+        reply = create(model="toy", prompt=prompt, max_tokens=9, temperature=0)
+        assert [choice.text for choice in reply.choices] == alone
+    assert create(model="toy", prompt=ids[0], max_tokens=9, temperature=0).choices[0].text == alone[0]
+
+
+def test_the_models_are_listed_with_what_the_server_can_do(running: Running) -> None:
+    (model,) = running.openai().models.list().data
+    assert model.id == "toy"
+    assert retro_of(model) == {
+        "retrieval": True,
+        "default_k": 10,
+        "retrievers": ["dense", "bm25", "hybrid", "rerank"],
+        "documents": 40,
+        "admin": True,
+        "max_k": 50,
+        "max_tokens": 1024,
+    }
+    assert running.openai().models.retrieve("toy") == model
+
+
+# Errors
+
+
+def test_errors_are_those_of_openai(running: Running) -> None:
+    create = running.openai().completions.create
+    with pytest.raises(openai.AuthenticationError) as wrong_key:
+        running.openai("wrong").models.list()
+    assert wrong_key.value.code == "invalid_api_key"
+    with pytest.raises(openai.NotFoundError) as wrong_model:
+        create(model="gpt-9", prompt="x")
+    assert (wrong_model.value.code, wrong_model.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError) as too_long:
+        create(model="toy", prompt="oil " * 5000)
+    assert too_long.value.code == "context_length_exceeded"
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"temperature": 3}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 100_000}, "max_tokens"),
+        ({"n": 100}, "n"),
+        ({"extra_body": {"k": 1000}}, "k"),
+        ({"extra_body": {"where": "lang = "}}, "where"),
+        ({"extra_body": {"retriever": "magic"}}, "retriever"),
+        ({"extra_body": {"retreiver": "bm25"}}, "retreiver"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [5, 10**9]}, "prompt"),
+    ]
+    for options, param in wrong:
+        with pytest.raises(openai.BadRequestError) as bad:
+            create(**{"model": "toy", "prompt": "x", **options})
+        assert str(bad.value.param).split(".")[0] == param, options
+        assert bad.value.type == "invalid_request_error"
+    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+        running.openai().chat.completions.create(
+            model="toy",
+            messages=[{"role": "user", "content": "x"}],
+            tools=[{"type": "function", "function": {"name": "f"}}],
+        )
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"[" * 100_000, 400),
+        (b'{"question": "\\ud800"}', 400),
+        (b'{"question": "x", "k": NaN}', 400),
+        (b'{"question": "x", "k": 1e999}', 400),
+        (b'{"question": "x", "k": ' + b"9" * 5000 + b"}", 400),
+        (b'{"question": "  "}', 400),
+        (b'{"question": "' + b"a" * 20_000 + b'"}', 400),
+        (b'{"question": "' + b"word " * 1900 + b'"}', 400),
+        (b"x" * 5_000_000, 413),
+    ],
+)
+def test_malformed_requests_are_refused_in_openais_form(running: Running, body: bytes, status: int) -> None:
+    with running.http() as client:
+        reply = client.post("/v1/ask", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == status
+    assert set(reply.json()) == {"error"}
+    assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_unknown_paths_and_path_tricks_find_nothing(running: Running) -> None:
+    with running.http() as client:
+        for path in ("/nothing", "/../app.py", "/%2e%2e/app.py", "/app.js/../../cli.py", "/page/index.html", "/.%00"):
+            reply = client.get(path)
+            assert reply.status_code == 404
+            assert reply.json()["error"]["type"] == "not_found_error"
+
+
+def test_too_much_at_once_is_refused_and_said_so(start: Start) -> None:
+    with start(max_concurrency=2, max_queue=1) as server:
+        client = server.openai()
+
+        def create(_: int) -> str | openai.RateLimitError:
+            try:
+                reply = client.completions.create(model="toy", prompt="The oil", max_tokens=600, temperature=0)
+            except openai.RateLimitError as error:
+                return error
+            return reply.choices[0].text
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            results = list(pool.map(create, range(8)))
+        refusals = [r for r in results if isinstance(r, openai.RateLimitError)]
+        texts = [r for r in results if isinstance(r, str)]
+        assert len(refusals) >= 3
+        assert len(texts) >= 3
+        assert len(set(texts)) == 1
+        assert all(int(r.response.headers["retry-after"]) >= 1 for r in refusals)
+        assert refusals[0].code == "rate_limit_exceeded"
+        with pytest.raises(openai.RateLimitError):
+            client.completions.create(model="toy", prompt="The oil", n=4)
+        assert server.service.is_idle
+
+
+def test_a_request_that_takes_too_long_is_ended(start: Start) -> None:
+    with start(timeout_s=0.4, max_tokens=100_000, max_context=200_000) as server:
+        with pytest.raises(openai.InternalServerError) as late:
+            server.openai().completions.create(model="toy", prompt="The oil", max_tokens=50_000)
+        assert late.value.status_code == 504
+        wait_until(lambda: server.service.is_idle and not server.service.engine._running)
+        with server.http() as client:
+            body = {"question": QUESTION, "max_tokens": 50_000, "stream": True}
+            name, value = events_of(client.post("/v1/ask", json=body))[-1]
+        assert name == "error"
+        assert value["error"]["status"] == 504
+        wait_until(lambda: server.service.is_idle and not server.service.engine._running)
+
+
+# Many at once
+
+
+def test_clients_at_the_same_time_get_what_each_gets_alone(running: Running) -> None:
+    client = running.openai()
+    prompts = [
+        "The oil crisis of 1973 began",
+        "A forest",
+        "x",
+        "Who wrote the song?",
+        "In 1990",
+        "war " * 30,
+        "tea",
+        "The law",
+    ]
+
+    def create(number: int) -> str:
+        return (
+            client.completions.create(
+                model="toy",
+                prompt=prompts[number],
+                max_tokens=20 + 5 * number,
+                temperature=0,
+                extra_body={"k": number % 3},
+            )
+            .choices[0]
+            .text
+        )
+
+    alone = [create(number) for number in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            assert list(pool.map(create, range(8))) == alone
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_place(start: Start, stream: bool) -> None:
+    with start(max_concurrency=1, max_queue=0, max_tokens=1_000_000, max_context=2_000_000) as server:
+        body = {"model": "toy", "prompt": "The oil", "max_tokens": 900_000, "stream": stream, "k": 0}
+        content = json.dumps(body).encode()
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {USER}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        )
+        port = int(server.url.rpartition(":")[2])
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                client.sendall(head.encode() + content)
+                wait_until(lambda: server.service.engine._running)
+            wait_until(lambda: not server.service.engine._running)
+            wait_until(lambda: server.service.is_idle)
+        assert server.openai().completions.create(model="toy", prompt="The oil", max_tokens=2).choices[0].text
+
+
+def test_a_failure_of_the_network_fails_what_runs_and_nothing_after_it(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with start() as server:
+        model = server.service.model.network
+        hidden = model.hidden
+        calls = 0
+
+        def broken(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 4:
+                raise RuntimeError("out of memory")
+            return hidden(*arguments, **options)
+
+        monkeypatch.setattr(model, "hidden", broken)
+        with pytest.raises(openai.InternalServerError) as failed:
+            server.openai().completions.create(model="toy", prompt="The oil", max_tokens=20)
+        assert failed.value.code == "internal_error"
+        assert "memory" not in str(failed.value)
+        assert server.openai().completions.create(model="toy", prompt="The oil", max_tokens=20).choices[0].text
+        assert server.service.is_idle
+
+
+# Questions and searches
+
+
+def test_an_answer_is_that_of_retro_ask_with_its_sources(running: Running, model_folder: Path) -> None:
+    with running.http() as client:
+        reply = client.post("/v1/ask", json={"question": QUESTION, "k": 3, "max_tokens": 9}).json()
+    model, tokenizer = loaded(model_folder)
+    config = GenerateConfig(num_neighbors=3, neighbor_len=160, max_new_tokens=9)
+    answer = ask(model, tokenizer, QUESTION, retriever=IndexRetriever.open(running.index), config=config)
+    assert (reply["question"], reply["answer"]) == (QUESTION, answer.text)
+    assert reply["confidence"] == pytest.approx(answer.confidence, abs=1e-4)
+    assert "".join(token["text"] for token in reply["tokens"]).strip() == answer.text
+    assert [token["log_prob"] for token in reply["tokens"]] == pytest.approx(answer.generation.log_probs, abs=1e-4)
+    assert [p["key"] for p in reply["passages"]] == [p.key for p in answer.passages]
+    for passage, read in zip(reply["passages"], answer.passages, strict=True):
+        assert passage["text"] == read.full_text
+        assert passage["text"].endswith(passage["continuation"])
+        assert passage["span"] is None or 0 <= passage["span"][0] < passage["span"][1] <= len(passage["text"])
+    assert any(p["span"] for p in reply["passages"])
+    assert sum(p["share"] for p in reply["passages"]) == pytest.approx(1, abs=1e-3)
+    for token in reply["tokens"]:
+        assert sum(token["shares"]) == pytest.approx(1, abs=1e-3)
+    assert reply["refused"] is False
+    assert reply["usage"]["completion_tokens"] == 9
+    assert set(reply["seconds"]) == {"retrieval", "decoding"}
+
+
+def test_an_answer_is_streamed_with_its_passages_first(running: Running) -> None:
+    body = {"question": QUESTION, "k": 3, "max_tokens": 9}
+    with running.http() as client:
+        whole = client.post("/v1/ask", json=body).json()
+        reply = client.post("/v1/ask", json={**body, "stream": True})
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    events = events_of(reply)
+    names = [name for name, _ in events]
+    assert names[0] == "passages"
+    assert names[-1] == "done"
+    assert set(names[1:-1]) == {"token"}
+    assert [p["key"] for p in events[0][1]["passages"]] == [p["key"] for p in whole["passages"]]
+    assert "".join(value["text"] for name, value in events if name == "token").strip() == whole["answer"]
+    done = events[-1][1]
+    assert done | {"seconds": 0} == whole | {"seconds": 0}
+
+
+def test_a_closed_book_has_no_passages(running: Running) -> None:
+    with running.http() as client:
+        reply = client.post("/v1/ask", json={"question": QUESTION, "k": 0}).json()
+    assert reply["passages"] == []
+    assert {token["shares"] is None for token in reply["tokens"]} == {True}
+
+
+@pytest.mark.parametrize("method", ["dense", "bm25", "hybrid", "rerank"])
+def test_a_search_finds_what_the_index_finds(running: Running, method: Any) -> None:
+    found = IndexRetriever.open(running.index, method=method).retrieve(
+        [QUESTION], 5, role="query", where="title != null"
+    )[0]
+    body = {"query": QUESTION, "k": 5, "retriever": method, "where": "title exists"}
+    with running.http() as client:
+        passages = client.post("/v1/search", json=body).json()["passages"]
+    assert [(p["key"], p["text"], p["number"]) for p in passages] == [
+        (p.key, p.full_text, number) for number, p in enumerate(found, 1)
+    ]
+    assert [p["score"] for p in passages] == pytest.approx([p.score for p in found], abs=1e-4)
+
+
+def test_a_key_confines_all_searches_and_a_request_only_narrows_it(running: Running) -> None:
+    wide = 'title = "Chloroplast" or title exists'
+    with running.http(OTHER) as client, running.http() as free:
+        for path, extra in (("/v1/search", {"query": "plants"}), ("/v1/ask", {"question": "plants"})):
+            for where in (None, wide, 'not (title = "1973 oil crisis")'):
+                reply = client.post(path, json={**extra, "k": 20, "where": where})
+                assert reply.status_code == 200
+                titles = {p["title"] for p in reply.json()["passages"]}
+                assert titles == ({"1973 oil crisis"} if where != 'not (title = "1973 oil crisis")' else set())
+            assert len({p["title"] for p in free.post(path, json={**extra, "k": 20}).json()["passages"]}) > 1
+    for key, confined in ((OTHER, True), (USER, False)):
+        client_of_key = running.openai(key)
+        completion = client_of_key.completions.create(
+            model="toy", prompt="Plants and animals live in", max_tokens=20, temperature=0, extra_body={"k": 5}
+        )
+        chat = client_of_key.chat.completions.create(
+            model="toy", messages=[{"role": "user", "content": "Plants?"}], max_tokens=4
+        )
+        for reading in (completion, chat):
+            titles = {p["title"] for p in retro_of(reading)["passages"]}
+            assert (titles == {"1973 oil crisis"}) is confined
+
+
+# The live index
+
+
+def test_documents_that_are_added_are_found_at_once_and_change_answers(start: Start) -> None:
+    fact = "The lighthouse of Vexholm was painted green in 1931 by Ottilie Brandt."
+    question = "Who painted the lighthouse of Vexholm?"
+    with start() as server, server.http() as client, server.http(ADMIN) as admin:
+
+        def found() -> list[str]:
+            passages = client.post("/v1/search", json={"query": fact, "k": 3}).json()["passages"]
+            return [p["key"] for p in passages]
+
+        def answer() -> str:
+            return str(
+                client.post("/v1/ask", json={"question": question, "k": 1, "retriever": "bm25"}).json()["answer"]
+            )
+
+        before, first = found(), answer()
+        document = {"id": "vexholm", "text": fact, "title": "Vexholm", "url": "https://example.org/v", "year": 1931}
+        reply = admin.post("/v1/documents", json={"documents": [document]})
+        assert reply.json() == {
+            "added": 1, "updated": 0, "removed": 0, "unchanged": 0, "keys": ["api:vexholm"], "documents": 41,
+        }  # fmt: skip
+        assert found()[0] == "api:vexholm"
+        with_it = answer()
+        assert with_it != first
+        where = {"query": "x", "where": 'year = 1931 and corpus = "api"'}
+        (passage,) = client.post("/v1/search", json=where).json()["passages"]
+        assert (passage["title"], passage["url"], passage["metadata"]) == (
+            "Vexholm",
+            "https://example.org/v",
+            {"year": 1931},
+        )
+
+        again = admin.post("/v1/documents", json={"documents": [document]})
+        assert again.status_code == 400
+        assert "api:vexholm already" in again.json()["error"]["message"]
+        assert "/tmp" not in again.text
+        changed = {**document, "text": fact.replace("green", "red")}
+        reply = admin.post("/v1/documents", json={"documents": [changed], "update": True}).json()
+        assert (reply["added"], reply["updated"]) == (0, 1)
+        assert "red" in client.post("/v1/search", json={"query": changed["text"], "k": 1}).json()["passages"][0]["text"]
+
+        reply = admin.request("DELETE", "/v1/documents", json={"keys": ["api:vexholm"]}).json()
+        assert (reply["removed"], reply["documents"]) == (1, 40)
+        assert found() == before
+        assert answer() == first
+        missing = admin.request("DELETE", "/v1/documents", json={"keys": ["api:vexholm"]})
+        assert missing.status_code == 400
+        assert str(server.index) not in missing.text
+
+
+def test_only_the_admin_key_changes_the_index(start: Start, running: Running) -> None:
+    body = {"documents": [{"id": "a", "text": "b"}]}
+    with running.http() as user, running.http(None) as nobody, running.http(ADMIN) as admin:
+        assert user.post("/v1/documents", json=body).status_code == 403
+        assert user.post("/v1/admin/reload", json={}).status_code == 403
+        assert nobody.post("/v1/documents", json=body).status_code == 401
+        assert nobody.request("DELETE", "/v1/documents", json={"keys": ["a"]}).status_code == 401
+        assert admin.post("/v1/search", json={"query": "x"}).status_code == 200
+        refusals: list[dict[str, Any]] = [
+            {"documents": [{"id": "a", "text": "b"}] * 101},
+            {"documents": [{"id": "a"}]},
+            {"documents": [{"id": "a", "text": ""}]},
+            {"documents": []},
+            {"documents": [{"id": "a", "text": "b"}], "corpus": "../x"},
+        ]
+        for bad in refusals:
+            assert admin.post("/v1/documents", json=bad).status_code == 400
+    with start(keys=False) as server, server.http(None) as client:
+        assert client.post("/v1/documents", json=body).status_code == 403
+        assert client.get("/v1/models").json()["data"][0]["retro"]["admin"] is False
+
+
+def test_what_others_change_on_disk_is_followed(start: Start, tmp_path: Path) -> None:
+    with start() as server, server.http() as client:
+        query = {"query": "Zanthorium melts at 12 degrees.", "k": 1}
+        assert client.post("/v1/search", json=query).json()["passages"][0]["key"].startswith("squad:")
+        path = tmp_path / "news.jsonl"
+        path.write_text(json.dumps({"id": "z", "text": query["query"]}))
+        add_documents(server.index, [str(path)])
+        assert client.post("/v1/search", json=query).json()["passages"][0]["key"] == "news:z"
+
+
+def test_another_index_is_loaded_under_load_and_no_request_fails(
+    start: Start, tiny_index: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.index"
+    shutil.copytree(tiny_index, other)
+    path = tmp_path / "news.jsonl"
+    path.write_text(json.dumps({"id": "z", "text": "Zanthorium melts at 12 degrees."}))
+    add_documents(other, [str(path)])
+    with start(others={"other": other}) as server, server.http(ADMIN) as admin, server.http() as client:
+        stop = threading.Event()
+        failures: list[str] = []
+        replies = [0]
+
+        def load(number: int) -> None:
+            with server.http() as own:
+                while not stop.is_set():
+                    if number % 2:
+                        reply = own.post("/v1/search", json={"query": "oil", "k": 3})
+                    else:
+                        reply = own.post(
+                            "/v1/completions", json={"model": "toy", "prompt": "The oil", "max_tokens": 12}
+                        )
+                    replies[0] += 1
+                    if reply.status_code != 200:
+                        failures.append(reply.text)
+
+        threads = [threading.Thread(target=load, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        query = {"query": "Zanthorium melts at 12 degrees.", "k": 1}
+        try:
+            for number in range(4):
+                name = ("other", "wiki")[number % 2]
+                assert admin.post("/v1/admin/reload", json={"index": name}).json()["index"] == name
+                key = client.post("/v1/search", json=query).json()["passages"][0]["key"]
+                assert (key == "news:z") is (name == "other")
+                document = {"id": f"n{number}", "text": f"Quorlite number {number}"}
+                assert admin.post("/v1/documents", json={"documents": [document]}).status_code == 200
+                found = client.post("/v1/search", json={"query": document["text"], "k": 1}).json()["passages"]
+                assert found[0]["key"] == f"api:n{number}"
+            assert admin.post("/v1/admin/reload", json={}).json()["index"] == "wiki"
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert failures == []
+        assert replies[0] > 20
+        unknown = admin.post("/v1/admin/reload", json={"index": str(other)})
+        assert unknown.status_code == 400
+        assert "use one of wiki, other" in unknown.json()["error"]["message"]
+
+
+# State, page and headers
+
+
+def test_state_is_open_and_metrics_count(running: Running) -> None:
+    with running.http(None) as anybody, running.http() as client:
+        assert anybody.get("/healthz").json() == {"status": "ok"}
+        assert anybody.get("/readyz").json() == {"status": "ready"}
+        assert anybody.get("/metrics").status_code == 401
+
+        def value(name: str) -> float:
+            match = re.search(rf"^{re.escape(name)} (\S+)$", client.get("/metrics").text, re.MULTILINE)
+            return float(match[1]) if match else 0.0
+
+        names = ("retro_generated_tokens_total", "retro_retrieval_seconds_count", "retro_encoding_seconds_count")
+        before = [value(name) for name in names]
+        client.post("/v1/ask", json={"question": QUESTION, "k": 2, "max_tokens": 7})
+        assert [value(name) - old for name, old in zip(names, before, strict=True)] == [7, 1, 1]
+        assert value('retro_requests_total{route="/v1/ask",status="200"}') >= 1
+        assert value("retro_queue_length") == 0
+        assert value("retro_index_documents") == 40
+
+
+def test_every_reply_has_strict_headers_and_the_page_asks_nobody_else(running: Running) -> None:
+    with running.http(None) as client:
+        page = client.get("/")
+        replies = [page, client.get("/healthz"), client.get("/nothing"), client.get("/v1/models")]
+        names = re.findall(r'(?:src|href)="([^"#:]+)"', page.text)
+        assert {"app.js", "style.css"} <= set(names)
+        for name in names:
+            replies.append(client.get(f"/{name}"))
+            assert replies[-1].status_code == 200
+    for reply in replies:
+        policy = reply.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        assert reply.headers["referrer-policy"] == "no-referrer"
+        assert "server" not in reply.headers
+
+
+def test_other_sites_may_ask_only_where_they_are_allowed(start: Start) -> None:
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    with start(allowed_origins=("https://ours.example",)) as server, server.http(None) as client:
+        ours = client.options("/v1/ask", headers={"Origin": "https://ours.example", **asked})
+        assert ours.headers["access-control-allow-origin"] == "https://ours.example"
+        theirs = client.options("/v1/ask", headers={"Origin": "https://theirs.example", **asked})
+        assert "access-control-allow-origin" not in theirs.headers
+
+
+def test_without_a_key_the_server_answers_to_its_own_names_only(start: Start) -> None:
+    """A page elsewhere could give its own name this machine's address."""
+    with start(keys=False) as server, server.http(None) as client:
+        assert client.post("/v1/search", json={"query": "oil"}).status_code == 200
+        port = server.url.rpartition(":")[2]
+        assert client.get("/healthz", headers={"Host": f"localhost:{port}"}).status_code == 200
+        assert client.get("/v1/models", headers={"Host": "evil.example"}).status_code == 421
+
+
+def test_the_description_names_every_route(running: Running) -> None:
+    with running.http(None) as client:
+        described = client.get("/openapi.json").json()
+    assert {
+        "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/ask", "/v1/search", "/v1/documents",
+        "/v1/admin/reload", "/healthz", "/readyz", "/metrics",
+    } <= set(described["paths"])  # fmt: skip
+    assert described["components"]["schemas"]["AskReply"]["properties"]["passages"]
+
+
+def test_a_server_without_an_index_answers_from_the_model_alone(start: Start) -> None:
+    with start(index=False) as server, server.http() as client:
+        retro = client.get("/v1/models").json()["data"][0]["retro"]
+        assert (retro["retrieval"], retro["default_k"], retro["retrievers"]) == (False, 0, [])
+        assert client.post("/v1/ask", json={"question": QUESTION}).json()["passages"] == []
+        assert server.openai().completions.create(model="toy", prompt="The oil", max_tokens=3).choices[0].text
+        assert client.post("/v1/ask", json={"question": QUESTION, "k": 2}).status_code == 400
+        assert client.post("/v1/search", json={"query": "oil", "k": 0}).status_code == 404
+
+
+# The command
+
+
+def test_it_is_refused_to_be_reached_by_others_without_a_key(
+    model_folder: Path, tiny_index: Path, tmp_path: Path
+) -> None:
+    arguments = ["serve", model_folder, "--index", tiny_index, "--port", 0, "--device", "cpu"]
+    refused(command(*arguments, "--host", "0.0.0.0"), "no key", "--api-key-file")
+    keys = tmp_path / "keys"
+    keys.write_text("short\n")
+    refused(command(*arguments, "--api-key-file", keys), "at least 16 characters")
+    keys.write_text(f"{USER} lang =\n")
+    refused(command(*arguments, "--api-key-file", keys), "keys: the filter", "malformed")
+    keys.write_text("# nobody\n")
+    refused(command(*arguments, "--api-key-file", keys), "holds no key")
+    refused(command(*arguments, "--api-key-file", tmp_path / "none"), "cannot be read")
+    refused(command(*arguments, "--index", tiny_index), "two indexes are called 'tiny.index'")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        refused(command(*arguments, "--port", taken.getsockname()[1]), "cannot be listened on", "--port")
+
+
+@pytest.mark.slow
+def test_a_signal_lets_running_requests_finish_and_refuses_new_ones(
+    model_folder: Path, tiny_index: Path, tmp_path: Path
+) -> None:
+    secret = "Secretive question about oil"
+    environment = os.environ | {"RETRO_API_KEY": USER, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    log = tmp_path / "log"
+    limits = ["--device", "cpu", "--max-tokens", "100000", "--max-context", "200000"]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "retro", "serve", model_folder, "--index", tiny_index, "--port", "0", *limits],
+            env=environment,
+            stderr=file,
+        )
+    try:
+        wait_until(lambda: "Serving" in log.read_text(), 60)
+        found = re.search(r"Serving toy\.model at (http://127\.0\.0\.1:\d+)", log.read_text())
+        assert found is not None
+        headers = {"Authorization": f"Bearer {USER}"}
+        with httpx.Client(base_url=found[1], headers=headers, timeout=60) as client:
+            body: dict[str, Any] = {
+                "model": "toy.model",
+                "prompt": secret,
+                "max_tokens": 800,
+                "temperature": 0,
+                "k": 0,
+            }
+            whole = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+            pieces = []
+            with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream:
+                lines = stream.iter_lines()
+                pieces.append(next(lines))
+                process.send_signal(signal.SIGTERM)
+                wait_until(lambda: "new ones refused" in log.read_text())
+                with httpx.Client(base_url=found[1], headers=headers, timeout=60) as late:
+                    assert late.get("/readyz").status_code == 503
+                    refusal = late.post("/v1/ask", json={"question": "x"})
+                    assert refusal.status_code == 503
+                    assert refusal.json()["error"]["code"] == "stopping"
+                pieces += list(lines)
+            data = [line.removeprefix("data: ") for line in pieces if line]
+            assert data[-1] == "[DONE]"
+            assert "".join(json.loads(line)["choices"][0]["text"] for line in data[:-1]) == whole
+        assert process.wait(timeout=20) == 0
+    finally:
+        process.kill()
+    printed = log.read_text()
+    assert "POST /v1/completions 200" in printed
+    assert secret not in printed
+    assert USER not in printed
+
+
+def test_confidence_is_a_mean_of_probabilities(running: Running) -> None:
+    with running.http() as client:
+        reply = client.post("/v1/ask", json={"question": QUESTION, "k": 2, "max_tokens": 5}).json()
+    mean = sum(token["log_prob"] for token in reply["tokens"]) / 5
+    assert reply["confidence"] == pytest.approx(math.exp(mean), abs=1e-4)
