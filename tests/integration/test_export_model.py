@@ -135,8 +135,13 @@ def test_transformers_open_every_copy_as_we_do(weights: str, trained: Path, tmp_
     asked: Any = RetroForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
     for name, tensor in ours.state_dict().items():
         assert torch.equal(asked.model.state_dict()[name], tensor.to(torch.bfloat16)), name
-    # What it saves is a plain model again.
+    # What it saves is a plain model again, also where it does not know its tokenizer.
     opened.save_pretrained(tmp_path / "saved")
+    opened.tokenizer = None
+    opened.save_pretrained(tmp_path / "bare")
+    assert "stored_weights" not in json.loads((tmp_path / "bare" / CONFIG).read_text())
+    bare: Any = RetroForCausalLM.from_pretrained(tmp_path / "bare")
+    assert torch.equal(bare.model.embedding.weight, ours.embedding.weight)
     again, _, info = load_model(tmp_path / "saved")
     assert "stored_weights" not in info
     for name, tensor in ours.state_dict().items():

@@ -62,7 +62,9 @@ def test_no_weight_is_off_by_more_than_half_a_step(values: list[float]) -> None:
 
 def test_a_row_of_zeros_stays_zero_and_a_tiny_one_stays_finite() -> None:
     x_OI = torch.tensor([[0.0, 0.0], [1e-44, -1e-45], [1.0, -1.0]])
-    widened_OI = dequantize_rows(*quantize_rows(x_OI))
+    q_OI, scale_O = quantize_rows(x_OI)
+    assert (scale_O > 0).all()
+    widened_OI = dequantize_rows(q_OI, scale_O)
     assert widened_OI[0].tolist() == [0.0, 0.0]
     assert torch.isfinite(widened_OI).all()
     assert_close(widened_OI[2], x_OI[2])
