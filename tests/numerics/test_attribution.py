@@ -466,8 +466,9 @@ def test_what_was_not_read_or_not_said_has_no_explanation_and_costs_nothing() ->
     assert (why.share_P.tolist(), why.spans, why.tokens, why.share_nP.shape) == ([0, 0], (None, None), (), (0, 2))
 
 
-def test_an_asked_answer_is_explained() -> None:
-    model = network()
+@pytest.mark.parametrize("make", [network, fitted], ids=["retro", "retrofit"])
+def test_an_asked_answer_is_explained(make: Any) -> None:
+    model = make()
     config = GenerateConfig(max_new_tokens=2 * M + 1, num_neighbors=3, neighbor_len=60)
     answer = ask(model, TOKENIZER, "where is the cat", retriever=Library(), config=config)
     why = explain(model, TOKENIZER, answer, neighbor_len=60)

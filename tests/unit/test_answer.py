@@ -290,7 +290,7 @@ def test_many_questions_are_answered_as_each_alone() -> None:
         QUESTION,
         "Who was the one that sat there on the mat for so very long?",
         "W?",
-        "¿Quién? 谁? \U0001f408",
+        "\xbfQui\xe9n? \u8c01? \U0001f408",
     ]
     found = [PASSAGES, PASSAGES[1:], [], PASSAGES[2:]]
     told: list[str] = [""] * 4
