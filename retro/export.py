@@ -17,6 +17,7 @@ from retro.artifact import (
 from retro.checkpoint import CARD, CONFIG, INDEX, KIND, load_weights, read_config, save_tensors
 from retro.errors import ConfigError
 from retro.quantized import FORMS, Form, is_weights, shards, stored
+from retro.threshold import ANSWERS, load_threshold, save_threshold
 
 _COPIED = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*")
 """What is needed besides weights, configuration and card; not what training left."""
@@ -53,7 +54,7 @@ class Exported:
 def export_model(
     folder: Path, out: Path, *, weights: Form = "bfloat16", max_shard_bytes: int | None = None, overwrite: bool = False
 ) -> Exported:
-    """Copies a finished model without what training left. The copy opens as any other model does.
+    """Copies a finished model without what training left. The copy opens as any other model does, and knows when not to answer.
 
     Args:
         folder: The model; of a RETROfitted one only what was trained is there, and the base is not looked for.
@@ -76,6 +77,7 @@ def export_model(
     config = read_config(folder) | {"dtype": "float32" if weights == "int8" else weights, "stored_weights": weights}
     files, index = shards(stored(load_weights(folder), weights), max_shard_bytes)
     origin = {name: record for name, record in manifest["files"].items() if is_weights(name) or name == CONFIG}
+    threshold = load_threshold(folder)
     recipe = {"exported_from": origin, "weights": weights, "max_shard_bytes": max_shard_bytes}
     with writing(out):
         if not begin(out, KIND, recipe, overwrite=overwrite):
@@ -88,6 +90,8 @@ def export_model(
             write_json(out / CONFIG, config)
             _write(out / CARD, _card(folder, weights, sorted(files)).encode())
             finish(out, KIND, recipe, {"tokenizer_fingerprint": config["tokenizer_fingerprint"]})
+    if threshold is not None and not (out / ANSWERS).is_file():  # else it may have been chosen for the copy
+        save_threshold(out, threshold)
     made = {name: record["bytes"] for name, record in read_json(out / MANIFEST)["files"].items()}
     sizes = [made[name] for name in files]
     return Exported(

@@ -23,6 +23,7 @@ from retro.errors import MismatchError
 from retro.hub import RetroForCausalLM
 from retro.pretrained import base_sizes
 from retro.retrofit import load_retrofit
+from retro.threshold import Threshold, load_threshold, save_threshold
 from retro.train import train
 
 LIMIT = 9 << 10
@@ -176,6 +177,20 @@ def test_the_same_export_again_does_nothing_and_another_one_needs_overwrite(
     done("export", trained, "--out", out, "--weights", "bfloat16", "--overwrite")
     assert sorted(path.name for path in out.glob("model*")) == ["model.safetensors"]
     assert read_manifest(out, KIND)["recipe"]["weights"] == "bfloat16"
+
+
+def test_the_confidence_below_which_a_model_does_not_know_goes_with_it(trained: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "m.model", tmp_path / "e.model"
+    shutil.copytree(trained, folder)
+    chosen = Threshold(min_confidence=0.25, coverage=0.5, accuracy=0.75, chosen_on="dev", command="retro eval qa")
+    save_threshold(folder, chosen)
+    done("export", folder, "--out", out, "--weights", "int8")
+    assert load_threshold(out) == chosen
+    load_model(out)
+    own = replace(chosen, min_confidence=0.5)
+    save_threshold(out, own)
+    done("export", folder, "--out", out, "--weights", "int8")
+    assert load_threshold(out) == own
 
 
 def test_what_must_not_be_written_over_is_left_alone(
