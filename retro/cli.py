@@ -299,7 +299,7 @@ def ask(
         asker.min_confidence = min_confidence
     if question is not None:
         asker.ask_once(question)
-    elif sys.stdin.isatty():
+    elif sys.stdin.isatty() and sys.stdout.isatty():
         asker.converse()
     elif not asker.ask_each(sys.stdin):
         raise typer.Exit(1)
