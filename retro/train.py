@@ -45,7 +45,8 @@ from retro.errors import ConfigError, MismatchError, TrainingError
 from retro.metrics import METRICS, Course, Lines, Metrics, read_lines
 from retro.mixture import Mixture, corpus_seed, open_corpora
 from retro.model import Retro
-from retro.questions import Curriculum, QuestionBatches, QuestionData, Reading, WithReplay, open_questions
+from retro.question_batches import Curriculum, QuestionBatches, Reading, WithReplay
+from retro.questions import QuestionData, open_questions
 from retro.samples import SAMPLES, SamplePrompt
 from retro.tokenizer import Tokenizer
 

@@ -25,7 +25,7 @@ from retro.data import Batch
 from retro.errors import ConfigError
 from retro.generate import Role, prompt_ids
 from retro.model import Retro
-from retro.questions import QuestionItem, closed_book, question_batch
+from retro.question_batches import QuestionItem, closed_book, question_batch
 
 M = 16
 R = 24

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -10,30 +11,26 @@ from builders import toy_model_config, toy_tokenizer
 
 from retro.answer import question_prompt, source_text
 from retro.config import TrainConfig
-from retro.data import Batch
+from retro.data import Batch, Retrieval
 from retro.errors import ConfigError, FormatError, MismatchError
 from retro.generate import prompt_ids
 from retro.model import Retro
-from retro.questions import (
-    LONGEST_PROMPT,
+from retro.question_batches import (
     Curriculum,
     QuestionBatches,
-    QuestionData,
     QuestionItem,
-    QuestionWriter,
     Reading,
     WithReplay,
-    answer_ids,
     compacted,
-    open_questions,
     question_batch,
 )
+from retro.questions import LONGEST_PROMPT, QuestionData, QuestionWriter, answer_ids, open_questions
 from retro.tokenizer import Tokenizer
 
 M, R = 16, 36
 TOKENIZER = toy_tokenizer()
 PASSAGES = [f"number {n:02} says {n * 7}" for n in range(12)]
-ITEMS = [
+ITEMS: list[tuple[str, str, list[tuple[int, str | None]], int | None]] = [
     ("Who is one?", "Uno", [(0, None), (1, "UNO"), (2, None), (3, "uno")], None),
     ("Who is two?", "Due", [(4, None), (5, None)], 6),
     ("Who is three?", "Tre", [(7, "Tre")], 8),
@@ -210,7 +207,7 @@ def _wide(batch: Batch, T: int) -> Batch:
         more = x.new_zeros(x.shape[0], size - x.shape[1], *x.shape[2:])
         return torch.cat([x, more], dim=1)
 
-    return Batch(**{name: grown(tensor) for name, tensor in batch.tensors().items()})  # type: ignore[arg-type]
+    return Batch(**{name: grown(tensor) for name, tensor in batch.tensors().items()})
 
 
 def test_an_epoch_holds_every_question_once_in_an_order_of_its_own(tmp_path: Path) -> None:
@@ -227,7 +224,7 @@ def test_an_epoch_holds_every_question_once_in_an_order_of_its_own(tmp_path: Pat
 
 def test_shuffled_questions_keep_their_answers_and_read_what_others_do(tmp_path: Path) -> None:
     source = batches(made(tmp_path / "a.questions"), permute=False, reading=Reading(num_passages=4))
-    on, off, shuffled = (source.batch(0, 5, neighbors=mode) for mode in ("on", "off", "shuffled"))  # type: ignore[arg-type]
+    on, off, shuffled = (source.batch(0, 5, neighbors=mode) for mode in get_args(Retrieval))
     assert off.neighbors_BLKR is None
     for row in range(5):
         assert read(shuffled, row)[:2] == read(on, row)[:2]
@@ -246,7 +243,8 @@ def test_context_passages_stand_before_the_question_and_are_not_read_twice(tmp_p
         assert rest == sources - {cut(first)}
         order = [p for p, _ in ITEMS[row][2]]
         best = min((order.index(n) for n in range(12) if cut(n) in sources and n in order), default=0)
-        assert first == (ITEMS[row][3] if ITEMS[row][3] is not None and cut(ITEMS[row][3]) in sources else order[best])
+        own = ITEMS[row][3]
+        assert first == (own if own is not None and cut(own) in sources else order[best])
 
 
 def test_leaving_out_empty_columns_changes_no_loss_and_no_gradient() -> None:
@@ -266,32 +264,26 @@ def test_leaving_out_empty_columns_changes_no_loss_and_no_gradient() -> None:
     assert compacted(whole).inputs_BT.shape[1] == int(whole.keep_BT.sum(dim=1).max()) < whole.inputs_BT.shape[1]
 
 
-class _Text:
-    """Stands for text: a batch says which sequences it holds."""
+class _Numbered:
+    """Sequences of which a batch says only which they are."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
 
     def batch(self, first: int, size: int, **_: object) -> tuple[str, int, int]:
-        return "text", first, size
-
-
-class _Questions(_Text):
-    sequences_per_epoch = 10
-    num_neighbors = 1
-    reading = Reading(num_passages=1)
-
-    def batch(self, first: int, size: int, **_: object) -> tuple[str, int, int]:
-        return "questions", first, size
+        return self.kind, first, size
 
 
 def test_replay_takes_its_share_of_the_steps_and_ranks_share_its_sequences() -> None:
-    mixed = WithReplay(_Questions(), _Text(), share=0.25, sequences=4, batch_size=8)  # type: ignore[arg-type]
+    mixed: Any = WithReplay(_Numbered("questions"), _Numbered("text"), share=0.25, sequences=4, batch_size=8)  # type: ignore[arg-type]
     steps = [mixed.batch(8 * step, 8) for step in range(40)]
-    assert sum(step[0] == "text" for step in steps) == 10  # type: ignore[index]
+    assert sum(kind == "text" for kind, *_ in steps) == 10
     for kind, sequences in (("text", 4), ("questions", 8)):
-        own = [step for step in steps if step[0] == kind]  # type: ignore[index]
+        own = [step for step in steps if step[0] == kind]
         assert own == [(kind, n * sequences, sequences) for n in range(len(own))]
     for step in range(8):
         halves = [mixed.batch(8 * step + 4 * rank, 4) for rank in range(2)]
-        kind, first, size = steps[step]  # type: ignore[misc]
+        kind, first, size = steps[step]
         assert halves == [(kind, first, size // 2), (kind, first + size // 2, size // 2)]
 
 
