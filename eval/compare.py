@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.metrics import RESAMPLES, Floats, paired_bootstrap
+from eval.metrics import RESAMPLES, Floats, bootstrap_mean, paired_bootstrap
 from eval.records import Figure, Record, read_records, read_units
 from retro.errors import ConfigError, MismatchError
 
@@ -21,6 +21,8 @@ _FAMILIES = {"knn-lm": "lm"}
 """Kinds whose units mean the same as those of another kind."""
 _LOSS = re.compile(r"loss_(?P<mode>.+?)(?P<seeing>_seeing)?_nats")
 _RANKED = re.compile(r"\b(?P<measure>hit|recall|nDCG|MRR)@\d+")
+_ANSWER = "answer_"
+"""How columns begin that hold what was said, the mode behind it."""
 _MANY_TESTS = 5
 
 
@@ -68,6 +70,14 @@ class _Run:
         path, record = self.records[0]
         return list(map(str, read_units(path, record).get("id", ())))
 
+    @cached_property
+    def answers(self) -> dict[str, list[Any]]:
+        """What was said in each mode, in the order of `ids`; empty where there are several seeds, which say several things."""
+        if len(self.records) > 1:
+            return {}
+        columns = read_units(*self.records[0])
+        return {name.removeprefix(_ANSWER): said for name, said in columns.items() if name.startswith(_ANSWER)}
+
     def value(self, name: str) -> tuple[Figure | None, float | None]:
         """A figure, the mean over seeds, and the standard deviation over them where there are several."""
         figures = [record.figures.get(name) for _, record in self.records]
@@ -97,8 +107,8 @@ def compare(inputs: Sequence[Path], *, seed: int = 0, resamples: int = RESAMPLES
         resamples: How many.
 
     Returns:
-        A record of kind compare: the differences as figures, second minus first, with their 95% intervals; tables of all figures
-        and of the tests. Language models and kNN-LM are one kind here.
+        A record of kind compare: the differences as figures, second minus first, with their 95% intervals, and the share of answers
+        that are letter by letter the same; tables of all figures and of the tests. Language models and kNN-LM are one kind here.
 
     Raises:
         ConfigError: There are no two records of one kind.
@@ -230,6 +240,14 @@ def _test(kind: str, first: _Run, second: _Run, tests: _Tests, seed: int, resamp
                 "units": len(a),
             }
         )
+    for mode in sorted(first.answers.keys() & second.answers.keys()):
+        pairs = zip(first.answers[mode], (second.answers[mode][i] for i in order), strict=True)
+        same = np.array([one == other for one, other in pairs if None not in (one, other)], float)
+        if len(same):
+            low, high = bootstrap_mean(same, seed=seed, resamples=resamples)
+            tests.figures[f"identical answers, {mode}: {first.label} and {second.label}"] = Figure(
+                value=100 * float(same.mean()), unit="%", low=100 * low, high=100 * high, count=len(same)
+            )
 
 
 def _measures(kind: str, columns: set[str]) -> Iterator[_Measure]:

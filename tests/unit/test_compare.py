@@ -92,6 +92,27 @@ def test_answers_and_passages_are_compared_by_their_means(tmp_path: Path) -> Non
     assert {row["measure"] for row in found.rows["Paired tests"]} == {"exact match", "F1", "hit@1", "hit@10"}
 
 
+def test_the_share_of_identical_answers_is_counted_over_questions_that_both_answered(tmp_path: Path) -> None:
+    """As of a model and its copy in 8 bits."""
+    record, units = qa_record(questions=200)
+    said = [f"answer {i}" for i in range(200)]
+    other = [None if i < 20 else f"other {i}" if i < 29 else said[i] for i in range(200)]
+    order = np.random.default_rng(0).permutation(200)
+    write_record(tmp_path / "a", record, {**units, "answer_retrieval": said, "answer_closed": [None] * 200})
+    shuffled = {name: [values[i] for i in order] for name, values in {**units, "answer_retrieval": other}.items()}
+    write_record(tmp_path / "b", replace(record, name="int8.model"), shuffled)
+    found = compare([tmp_path / "a", tmp_path / "b"], resamples=500).figures
+    figure = found["identical answers, retrieval: a and b"]
+    assert (figure.value, figure.count) == (pytest.approx(100 * 171 / 180), 180)
+    assert figure.value is not None
+    assert figure.low is not None
+    assert figure.high is not None
+    # A share of 95% of 180 has a standard deviation of 1.6%.
+    assert figure.value - figure.low == pytest.approx(1.96 * 1.62, rel=0.3)
+    assert figure.high > figure.value
+    assert [name for name in found if name.startswith("identical")] == ["identical answers, retrieval: a and b"]
+
+
 def test_a_knn_lm_is_compared_with_a_language_model(tmp_path: Path) -> None:
     record, units = lm_record()
     write_record(tmp_path / "a", record, units)
