@@ -490,7 +490,7 @@ def test_a_copied_neighbor_is_a_window_over_its_chunk_and_the_next_in_the_place_
         else:  # the shifted window has nothing left of the last chunk
             assert [] in possible.values()
     assert places == set(range(K))
-    assert shifts == set(windows(documents[0], 0, neighbor_len, part) or range(-4, 5)), shifts
+    assert shifts == set(windows(ToyDocument(list(range(2, 50)), []), 1, neighbor_len, part))
     assert ends or part == "continuation", "no document ends with a finished chunk: that case is untested"
 
 
@@ -506,8 +506,8 @@ def test_an_unshifted_copy_is_what_stands_in_the_chunk_and_what_those_who_see_it
             own = batch.inputs_BT[b, chunk * CHUNK_LEN : (chunk + 1) * CHUNK_LEN].tolist()
             seeing = slice((chunk + 1) * CHUNK_LEN - 1, (chunk + 2) * CHUNK_LEN - 1)
             unshifted += own + targets_BT[b, seeing].tolist() in found[6 * b + chunk]
-    # One of 9 shifts is none: of 160 draws 18 are expected, and fewer than 5 or more than 40 once in 10,000 times.
-    assert 5 <= unshifted <= 40
+    # One of 9 shifts is none: of 160 draws 17.8 are expected, give or take 4.
+    assert 6 <= unshifted <= 34
 
 
 def copying(batches: Batches, n: int, share: float, dropout: float = 0.0) -> list[bool]:
