@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from retro.artifact import read_json
 from retro.errors import ConfigError
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -477,7 +476,7 @@ def load_run_config(
     model = base["model"] | tables.get("model", {})
     init = tables.get("train", {}).get("init")
     if init and isinstance(init, str) and not model:
-        model = read_json(Path(init) / "config.json").get("model", {})
+        model = _sizes_of(Path(init))
     if pretrained is not None and sizes is not None:
         of_base = sizes(pretrained)
         fixed = ("vocab_size", "dim", "num_layers", "tie_embeddings")
@@ -487,6 +486,14 @@ def load_run_config(
         train=config_from_dict(TrainConfig, base["train"] | tables.get("train", {}), where=f"{where} [train]"),
         base=pretrained,
     )
+
+
+def _sizes_of(folder: Path) -> dict[str, Any]:
+    try:
+        sizes: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"train.init = {str(folder)!r}: no model lies there that says its sizes ({error})") from error
+    return sizes
 
 
 _TABLES = ("model", "train", "base")
