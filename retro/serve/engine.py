@@ -147,8 +147,11 @@ class Gate:
         """Inside it, `count` more are under way.
 
         Raises:
-            BusyError: They are too many.
+            BusyError: They are too many at present.
+            ConfigError: They are too many at any time.
         """
+        if count > self._limit:
+            raise ConfigError(f"{count} {self._what} are asked for at once: at most {self._limit} can be under way")
         if self.inside + count > self._limit:
             raise BusyError(f"{self.inside} {self._what} are under way or wait, {self._limit} may be: try again later")
         self.inside += count

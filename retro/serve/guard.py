@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from retro.serve.errors import ApiError
@@ -101,11 +102,13 @@ class _Body:
         self._deadline: float | None = None
 
     def check_length(self, headers: dict[bytes, bytes]) -> None:
+        """Raises ApiError where the headers announce too much."""
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._limit:
-            raise self._too_long()
+            raise ApiError(413, self._too_long, headers=_CLOSE)
 
     async def receive(self) -> Message:
+        """See ASGI. Whoever reads a body turns any other exception than an HTTPException into one of its own."""
         if self._is_complete:
             return await self._receive()
         loop = asyncio.get_running_loop()
@@ -114,17 +117,16 @@ class _Body:
             async with asyncio.timeout_at(self._deadline):
                 message: Any = await self._receive()
         except TimeoutError:
-            raise ApiError(
-                408, f"the request's body did not come within {BODY_TIMEOUT_S:g} s", code="slow_body", headers=_CLOSE
-            ) from None
+            raise HTTPException(408, f"the request did not come within {BODY_TIMEOUT_S:g} s", headers=_CLOSE) from None
         self._size += len(message.get("body", b""))
         if self._size > self._limit:
-            raise self._too_long()
+            raise HTTPException(413, self._too_long, headers=_CLOSE)
         self._is_complete = not message.get("more_body", False)
         return message  # type: ignore[no-any-return]
 
-    def _too_long(self) -> ApiError:
-        return ApiError(413, f"the request is longer than {self._limit:,} bytes", code="too_long", headers=_CLOSE)
+    @property
+    def _too_long(self) -> str:
+        return f"the request is longer than {self._limit:,} bytes"
 
 
 _CLOSE = {"Connection": "close"}

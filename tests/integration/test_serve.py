@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -409,6 +410,17 @@ def test_malformed_requests_are_refused_in_openais_form(running: Running, body: 
     assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
 
 
+def test_a_body_that_does_not_say_how_long_it_is_may_not_be_longer(start: Start) -> None:
+    with start(max_body_bytes=10_000) as server, server.http() as client:
+        for count, status in ((5, 200), (500, 413)):
+            content = (b" " * 100 for _ in range(count))
+            body = itertools.chain(content, [b'{"query": "oil"}'])
+            reply = client.post("/v1/search", content=body, headers={"Content-Type": "application/json"})
+            assert reply.status_code == status
+        assert reply.json()["error"]["message"] == "the request is longer than 10,000 bytes"
+        assert client.post("/v1/search", json={"query": "x" * 10_000}).status_code == 413
+
+
 def test_unknown_paths_and_path_tricks_find_nothing(running: Running) -> None:
     with running.http() as client:
         for path in ("/nothing", "/../app.py", "/%2e%2e/app.py", "/app.js/../../cli.py", "/page/index.html", "/.%00"):
@@ -437,7 +449,7 @@ def test_too_much_at_once_is_refused_and_said_so(start: Start) -> None:
         assert len(set(texts)) == 1
         assert all(int(r.response.headers["retry-after"]) >= 1 for r in refusals)
         assert refusals[0].code == "rate_limit_exceeded"
-        with pytest.raises(openai.RateLimitError):
+        with pytest.raises(openai.BadRequestError, match="at most 3"):
             client.completions.create(model="toy", prompt="The oil", n=4)
         assert server.service.is_idle
 
