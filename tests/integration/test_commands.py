@@ -256,6 +256,8 @@ COMMANDS = [
     "plan index",
     "tokenizer train",
     "data",
+    "cloze",
+    "questions",
     "train",
     "export",
     "generate",
@@ -279,8 +281,8 @@ def test_every_command_has_an_example(retro: Run) -> None:
     for group, text in listed:
         names = re.findall(r"^  ([a-z-]+)(?:  |$)", text.partition("Commands:")[2], re.MULTILINE)
         known |= {f"{group} {name}".strip() for name in names}
-    # What measures, and plans of training, have tests of their own.
-    others = {name for name in known if name.startswith("eval ")} | {"demo", "plan train"}
+    # What measures, plans of training and the server have tests of their own.
+    others = {name for name in known if name.startswith("eval ")} | {"demo", "plan train", "serve"}
     assert known - groups == {*COMMANDS, *others}
     for name in [*COMMANDS, *others]:
         assert examples(name), name
@@ -294,6 +296,10 @@ def test_the_examples_in_the_help_work_one_after_the_other(
     write_jsonl(tmp_path / "wiki.jsonl", paragraphs)
     for number, name in enumerate(("news", "corrected", "test")):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"id": "1", "text": f"Text {number} about prices of oil in {name}."}])
+    asked = {"question": "When did the 1973 oil crisis begin?", "answers": ["October 1973"]}
+    talk = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}]}
+    for name, record in (("nq_dev", asked), ("webq_train", asked | {"question": "Who?"}), ("talks", talk)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.md").write_text("# Prices\n\nOil is dear.")
     monkeypatch.chdir(tmp_path)
@@ -302,8 +308,8 @@ def test_the_examples_in_the_help_work_one_after_the_other(
     assert command("index", "build", "wiki.jsonl", "--out", "part1.index", "--shard", "1/2").code == 0
     for name in COMMANDS:
         for line in examples(name):
-            if "--base" in line:  # a pretrained base: test_retrofit_training.py
-                continue
+            if "--base" in line or name == "ask" and (" < " in line or '"' not in line):
+                continue  # a pretrained base: test_retrofit_training.py; a terminal, or questions from a pipe: test_ask.py
             outcome = command(*shlex.split(line)[1:])
             assert outcome.code == 0, (line, outcome)
             assert outcome.out, line
@@ -316,4 +322,7 @@ def test_the_examples_in_the_help_work_one_after_the_other(
         "wiki.model",
         "wiki.int8.model",
         "wiki.parquet",
+        "wiki.questions",
+        "qa.questions",
+        "chat.questions",
     }
