@@ -75,11 +75,9 @@ async function send(path, { method = "POST", body, signal, kind = "user" } = {})
       throw new ApiError(why, 0);
     }
     if (reply.ok) return reply;
-    if (reply.status === 401) {
-      await newKey(kind, key);
-      continue;
-    }
-    throw await errorOf(reply);
+    // 403 to a key that was typed as the admin's: it is somebody else's.
+    if (reply.status !== 401 && !(reply.status === 403 && kind === "admin" && key !== null)) throw await errorOf(reply);
+    await newKey(kind, key);
   }
 }
 

@@ -1,7 +1,7 @@
 // The page: tabs, the three forms, and what is remembered between them.
 
 import { PREFIX, ask, call, onKeyNeeded } from "./api.js";
-import { Pane, element, plural, showPassages, showProblem } from "./render.js";
+import { Pane, element, isRefused, plural, showPassages, showProblem } from "./render.js";
 
 const byId = (id) => document.getElementById(id);
 const RETRIEVERS = {
@@ -117,7 +117,7 @@ async function answer(pane, body, signal, speaker) {
     list(response.passages);
     const name = JSON.stringify(body);
     const before = answered.get(name);
-    const given = response.refused ? "I don\u2019t know." : response.answer.trim();
+    const given = isRefused(response) ? "I don\u2019t know." : response.answer.trim();
     answered.set(name, given);
     pane.finish(response, {
       before: before === given ? null : before,
@@ -126,15 +126,15 @@ async function answer(pane, body, signal, speaker) {
           overall();
           pane.hint();
         } else {
-          show(part.shares, part.text);
+          show(part.shares, part.bare);
           pane.explain(part, passages);
         }
       },
     });
     overall();
-    if (speaker) say(response.refused ? "I don\u2019t know." : `Answered, from ${plural(passages.length, "passage")}.`);
+    if (speaker) say(isRefused(response) ? "I don\u2019t know." : `Answered, from ${plural(passages.length, "passage")}.`);
   } catch (error) {
-    if (body.k !== 0 && passages.length === 0) listPassages("ask", [], "");
+    if (body.k !== 0) byId("ask-passages").hidden = passages.length === 0;
     if (signal.aborted) {
       pane.stopped();
       say("Stopped.");
@@ -176,7 +176,7 @@ async function searchNow() {
   listPassages("search", [], "Searching");
   try {
     const { passages } = await call("v1/search", { body, signal });
-    listPassages("search", passages, passages.length > 0 ? plural(passages.length, "passage") : nothingFound(body));
+    listPassages("search", passages, passages.length > 0 ? "" : nothingFound(body));
     say(passages.length > 0 ? `${plural(passages.length, "passage")} found.` : nothingFound(body));
   } catch (error) {
     if (signal.aborted) return;
@@ -283,14 +283,15 @@ function askForKey(kind, refused) {
 async function describe() {
   const { data } = await call("v1/models", { method: "GET" });
   Object.assign(server, { model: data[0].id, retro: data[0].retro });
-  const { retrieval, documents, admin } = server.retro;
+  const { retrieval, retrievers, documents, admin } = server.retro;
+  const searchable = retrievers.length > 0; // an index may be there for searches alone, beside a model that cannot read it
   byId("model").textContent = server.model;
-  byId("about").textContent = retrieval ? plural(documents, "document") : "answers without documents";
+  byId("about").textContent = searchable ? plural(documents, "document") : "answers without documents";
   document.title = `Ask ${server.model}`;
   byId("mode").hidden = !retrieval;
   for (const field of byId("ask-options").querySelectorAll(".field")) field.hidden = !retrieval;
-  byId("tab-search").hidden = !retrieval;
-  byId("tab-documents").hidden = !retrieval || !admin;
+  byId("tab-search").hidden = !searchable;
+  byId("tab-documents").hidden = !searchable || !admin;
 }
 
 async function start() {
@@ -302,8 +303,9 @@ async function start() {
     return;
   }
   for (const form of ["ask", "search"]) {
-    byId(`${form}-k`).value = server.retro.default_k ?? 10;
-    const options = (server.retro.retrievers ?? []).map((name) => {
+    byId(`${form}-k`).max = server.retro.max_k;
+    byId(`${form}-k`).value = server.retro.default_k || Math.min(10, server.retro.max_k);
+    const options = server.retro.retrievers.map((name) => {
       const option = element("option", "", RETRIEVERS[name] ? `${RETRIEVERS[name]} (${name})` : name);
       option.value = name;
       return option;

@@ -71,7 +71,7 @@ export function showPassages(list, passages, { isNew = () => false, onPoint = ()
 /**
  * Cuts an answer into words; a word has the probability and the shares of all its tokens.
  *
- * @returns {{text: string, word: boolean, probability: number, shares: number[]|null}[]} words and what stands between them
+ * @returns {{text: string, bare: string, word: boolean, probability: number, shares: number[]|null}[]} words and what stands between them
  */
 export function wordsOf(tokens) {
   const text = tokens.map((token) => token.text).join("");
@@ -84,6 +84,7 @@ export function wordsOf(tokens) {
     const mean = (at) => shared.reduce((sum, token) => sum + token.shares[at], 0) / shared.length;
     parts.push({
       text: match[0],
+      bare: match[0].replace(/^[^\p{L}\p{N}]+|[^\p{L}\p{N}]+$/gu, "") || match[0], // without the punctuation around it
       word: match[0].trim() !== "",
       probability: Math.exp(own.reduce((sum, token) => sum + (token.log_prob ?? 0), 0)),
       shares: count > 0 ? Array.from({ length: count }, (_, at) => mean(at)) : null,
@@ -93,6 +94,11 @@ export function wordsOf(tokens) {
   while (parts.length > 0 && !parts.at(-1).word) parts.pop();
   return parts;
 }
+
+const DONT_KNOW = /^i (?:do not|don.t) know\.?$/i;
+
+/** Whether the model says that it does not know, by its doubts or in words. */
+export const isRefused = (response) => response.refused === true || DONT_KNOW.test(response.answer.trim());
 
 /** One answer on the page: streaming, finished, stopped or failed. */
 export class Pane {
@@ -125,9 +131,10 @@ export class Pane {
     this.#done();
     const parts = wordsOf(response.tokens ?? []);
     const answer = response.answer.trim();
-    this.root.classList.toggle("refused", response.refused === true);
-    if (response.refused) this.#verdict(answer, parts);
-    else if (parts.map((part) => part.text).join("") === answer) this.#words(parts, onWord);
+    const refused = isRefused(response);
+    this.root.classList.toggle("refused", refused);
+    if (refused) this.#verdict(answer);
+    else if (parts.length > 0) this.#words(parts, onWord);
     else this.text.textContent = answer || "(an empty answer)";
     const { retrieval, decoding } = response.seconds ?? {};
     const facts = [
@@ -171,11 +178,9 @@ export class Pane {
     note.hidden = text === "";
   }
 
-  #verdict(answer, parts) {
-    const known = /^i (?:do not|don.t) know\.?$/i;
-    const guess = known.test(answer) || answer === "" ? parts.map((part) => part.text).join("") : answer;
+  #verdict(answer) {
     this.text.textContent = "I don\u2019t know.";
-    const said = guess && !known.test(guess) ? ` The likeliest words were \u201c${guess}\u201d.` : "";
+    const said = answer && !DONT_KNOW.test(answer) ? ` The likeliest words were \u201c${answer}\u201d` : "";
     this.#note(".verdict", `The model is not sure enough to answer.${said}`);
   }
 
@@ -248,7 +253,7 @@ export class Pane {
 
   /** The passages that a word drew on most, below the answer: on a phone the list itself is out of sight. */
   explain(part, passages) {
-    const lead = element("p", "", `\u201c${part.text}\u201d `);
+    const lead = element("p", "", `\u201c${part.bare}\u201d `);
     lead.append(element("span", "soft", `probability ${percent(part.probability)}, drawn from`));
     const best = part.shares.map((share, at) => [share, passages[at]]).filter(([share, passage]) => share > 0 && passage);
     best.sort(([a], [b]) => b - a);
