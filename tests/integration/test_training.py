@@ -298,12 +298,26 @@ def test_a_run_that_copies_goes_on_exactly_and_says_how_much_it_copies(data: Pat
     copied = train(toy_run(data, tmp_path / "copied", **COPYING))
     run = toy_run(data, tmp_path / "m", save_every=100, **COPYING)
     with pytest.raises(KeyboardInterrupt):
-        train(run, progress=at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        train(run, progress=at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     assert_same_training(train(run), copied)
     shares = [line["copy_share"] for line in metrics(copied) if "loss_nats" in line]
     assert shares == pytest.approx([0.7, 0.58, 0.46, 0.34, 0.22, 0.1], rel=1e-12)
     assert not any("copy_share" in line for line in metrics(whole))
     assert (copied / WEIGHTS).read_bytes() != (whole / WEIGHTS).read_bytes()
+
+
+def test_every_step_is_made_with_its_own_share(data: Path, tmp_path: Path) -> None:
+    still: dict[str, Any] = {"learning_rate": 1e-12, "final_learning_rate": 1e-12}  # the weights remain what they are
+    run = toy_run(data, tmp_path / "m", copy_share=0.0, final_copy_share=0.7, steps=12, eval_every=5, **still)
+    parts = setup(run)
+    losses = []
+    for share in [run.train.copy_share_at(step) for step in range(1, 13)] + [0.7] * 12:
+        batch = parts.batches.batch(4 * (len(losses) % 12), 4, neighbor_dropout=0.25, copy_share=share)
+        with torch.no_grad():
+            losses.append(parts.model(**batch.tensors()).item() / int(batch.loss_BT.sum()))
+    recorded = [line["loss_nats"] for line in metrics(train(run)) if "loss_nats" in line]
+    assert recorded == pytest.approx(losses[:12], rel=1e-6)
+    assert losses[:12] != pytest.approx(losses[12:], rel=1e-6), "with the wrong share nothing would differ"
 
 
 def test_the_training_loss_of_a_run_that_copies_is_no_figure_of_the_model(
