@@ -256,7 +256,6 @@ COMMANDS = [
     "plan index",
     "tokenizer train",
     "data",
-    "cloze",
     "questions",
     "train",
     "export",
@@ -296,7 +295,7 @@ def test_the_examples_in_the_help_work_one_after_the_other(
     write_jsonl(tmp_path / "wiki.jsonl", paragraphs)
     for number, name in enumerate(("news", "corrected", "test")):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"id": "1", "text": f"Text {number} about prices of oil in {name}."}])
-    asked = {"question": "When did the 1973 oil crisis begin?", "answers": ["October 1973"]}
+    asked = {"question": "When did the 1973 oil crisis begin?", "answers": ["dear", "October 1973"]}
     talk = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}]}
     for name, record in (("nq_dev", asked), ("webq_train", asked | {"question": "Who?"}), ("talks", talk)):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
@@ -308,7 +307,7 @@ def test_the_examples_in_the_help_work_one_after_the_other(
     assert command("index", "build", "wiki.jsonl", "--out", "part1.index", "--shard", "1/2").code == 0
     for name in COMMANDS:
         for line in examples(name):
-            if "--base" in line or name == "ask" and (" < " in line or '"' not in line):
+            if "--base" in line or (name == "ask" and (" < " in line or '"' not in line)):
                 continue  # a pretrained base: test_retrofit_training.py; a terminal, or questions from a pipe: test_ask.py
             outcome = command(*shlex.split(line)[1:])
             assert outcome.code == 0, (line, outcome)
@@ -322,7 +321,6 @@ def test_the_examples_in_the_help_work_one_after_the_other(
         "wiki.model",
         "wiki.int8.model",
         "wiki.parquet",
-        "wiki.questions",
         "qa.questions",
         "chat.questions",
     }
