@@ -4,21 +4,18 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
-from retro.errors import ConfigError
 from retro.serve.config import Key, ServeConfig
-from retro.serve.engine import Gate, StoppingError
-from retro.serve.errors import ApiError, ErrorBody, api_error
+from retro.serve.errors import ApiError, ErrorBody, add_error_handlers
+from retro.serve.gate import Gate, StoppingError
 from retro.serve.guard import Guard
 from retro.serve.metrics import CONTENT_TYPE
 from retro.serve.openai import Form
@@ -38,7 +35,7 @@ from retro.serve.schemas import (
     SearchRequest,
 )
 from retro.serve.service import Service, passages_out
-from retro.serve.stream import EventStream, GoneError, event, while_connected
+from retro.serve.stream import EventStream, GoneError, timed, while_connected
 
 logger = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
@@ -77,7 +74,8 @@ def make_app(service: Service) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.service = service
-    _add_error_handlers(app, service)
+    app.add_exception_handler(GoneError, lambda _, __: Response(status_code=499))
+    add_error_handlers(app, config.timeout_s)
     _add_openai_routes(app, service)
     _add_own_routes(app, service)
     _add_admin_routes(app, service)
@@ -184,73 +182,8 @@ async def _streamed(
     except BaseException:
         inside.close()
         raise
-    events = _timed(begun.events(), service.config.timeout_s, name)
+    events = timed(begun.events(), service.config.timeout_s, name)
     return EventStream(events, timeout_s=service.config.timeout_s, at_end=inside.close)
-
-
-async def _timed(
-    events: AsyncGenerator[bytes, None], timeout_s: float, name: str | None
-) -> AsyncGenerator[bytes, None]:
-    """Events, and at last one that tells of an error where there is one."""
-    import asyncio
-
-    deadline = asyncio.get_running_loop().time() + timeout_s
-    async with contextlib.aclosing(events):
-        while True:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    content = await anext(events)
-            except StopAsyncIteration:
-                return
-            except Exception as error:
-                shown = api_error(error, timeout_s=timeout_s)
-                if shown.status == 500:
-                    logger.exception("A reply failed")
-                body = shown.body()
-                body["error"]["status"] = shown.status
-                yield event(body, name)
-                return
-            yield content
-
-
-def _add_error_handlers(app: FastAPI, service: Service) -> None:
-    def of_ours(_: Request, error: Exception) -> Response:
-        shown = api_error(error, timeout_s=service.config.timeout_s)
-        if shown.status == 500:
-            logger.error("A request failed", exc_info=error)
-        return shown.response()
-
-    def invalid(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return _refusal(error).response()
-
-    def of_starlette(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
-
-    def gone(_: Request, __: Exception) -> Response:
-        return Response(status_code=499)
-
-    for kind in (ApiError, ConfigError, TimeoutError, Exception):
-        app.add_exception_handler(kind, of_ours)
-    from retro.errors import RetroError
-
-    app.add_exception_handler(RetroError, of_ours)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, of_starlette)
-    app.add_exception_handler(GoneError, gone)
-
-
-def _refusal(error: RequestValidationError) -> ApiError:
-    """What is wrong with a body, without the values that were sent."""
-    problems = []
-    param = None
-    for found in error.errors()[:3]:
-        place = ".".join(str(part) for part in found["loc"][1:])[:200]
-        param = param or place or None
-        message = found["msg"].removeprefix("Value error, ")
-        problems.append(f"{place}: {message}" if place else message)
-    return ApiError(400, "; ".join(problems) or "the request is malformed", param=param)
 
 
 # --- routes -------------------------------------------------------------------------------------------------------

@@ -10,26 +10,19 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from retro.config import GenerateConfig
-from retro.errors import ConfigError, RetroError
+from retro.errors import ConfigError
 from retro.generate import Decoder, Generation, Prompt, Retriever, Row
+from retro.serve.gate import StoppingError
 from retro.serve.metrics import Metrics
 from retro.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 FinishReason = Literal["stop", "length"]
-
-
-class BusyError(RetroError):
-    """Too much is waiting already."""
-
-
-class StoppingError(RetroError):
-    """The server is being stopped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,32 +126,6 @@ def _held_back(text: str, start: int, stops: tuple[str, ...]) -> int:
                 longest = length
                 break
     return longest
-
-
-class Gate:
-    """Counts what is under way; used by the event loop's thread only."""
-
-    def __init__(self, limit: int, what: str) -> None:
-        self._limit, self._what = limit, what
-        self.inside = 0
-
-    @contextlib.contextmanager
-    def admit(self, count: int = 1) -> Iterator[None]:
-        """Inside it, `count` more are under way.
-
-        Raises:
-            BusyError: They are too many at present.
-            ConfigError: They are too many at any time.
-        """
-        if count > self._limit:
-            raise ConfigError(f"{count} {self._what} are asked for at once: at most {self._limit} can be under way")
-        if self.inside + count > self._limit:
-            raise BusyError(f"{self.inside} {self._what} are under way or wait, {self._limit} may be: try again later")
-        self.inside += count
-        try:
-            yield
-        finally:
-            self.inside -= count
 
 
 class Engine:

@@ -1,13 +1,18 @@
 """Errors as OpenAI's API shows them: a status, and an object that says what was wrong."""
 
+import logging
 from typing import Any
 
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
-from starlette.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
 
 from retro.errors import ConfigError, CorpusError, FormatError, MismatchError, RetroError
-from retro.serve.engine import BusyError, StoppingError
+from retro.serve.gate import BusyError, StoppingError
 
+logger = logging.getLogger(__name__)
 TIMED_OUT = "the request took longer than this server allows ({seconds:g} s): ask for less, or try again later"
 
 
@@ -69,3 +74,37 @@ def api_error(error: Exception, *, timeout_s: float = 0.0) -> ApiError:
         if isinstance(error, kind):
             return ApiError(status, message, code=code, headers=headers)
     return ApiError(500, "the server failed: its log says why", code="internal_error")
+
+
+def add_error_handlers(app: FastAPI, timeout_s: float) -> None:
+    def of_ours(_: Request, error: Exception) -> Response:
+        shown = api_error(error, timeout_s=timeout_s)
+        if shown.code in ("internal_error", "index_unavailable"):
+            logger.error("A request failed", exc_info=error)
+        return shown.response()
+
+    def invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return _refusal(error).response()
+
+    def of_starlette(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
+
+    for kind in (ApiError, ConfigError, TimeoutError, Exception):
+        app.add_exception_handler(kind, of_ours)
+    app.add_exception_handler(RetroError, of_ours)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, of_starlette)
+
+
+def _refusal(error: RequestValidationError) -> ApiError:
+    """What is wrong with a body, without the values that were sent."""
+    problems = []
+    param = None
+    for found in error.errors()[:3]:
+        place = ".".join(str(part) for part in found["loc"][1:])[:200]
+        param = param or place or None
+        message = found["msg"].removeprefix("Value error, ")
+        problems.append(f"{place}: {message}" if place else message)
+    return ApiError(400, "; ".join(problems) or "the request is malformed", param=param)

@@ -22,8 +22,9 @@ from retro.errors import ConfigError
 from retro.generate import Prompt, prompt_ids
 from retro.serve.chat import ChatFormat, Turn
 from retro.serve.config import Key, Keys, ServeConfig
-from retro.serve.engine import Engine, Gate, Task, Update
+from retro.serve.engine import Engine, Task, Update
 from retro.serve.errors import ApiError
+from retro.serve.gate import Gate
 from retro.serve.library import Bound, Library, Question
 from retro.serve.metrics import Metrics
 from retro.serve.schemas import AskRequest, ChatRequest, CompletionRequest, Generating

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
@@ -10,6 +11,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from retro.serve.errors import api_error
+
+logger = logging.getLogger(__name__)
 SLACK_S = 5.0
 """Beyond a request's own time, for a client that reads slowly."""
 
@@ -93,3 +97,24 @@ class EventStream(Response):
             await asyncio.gather(pumping, watching, return_exceptions=True)
         if ended:
             pumping.result()
+
+
+async def timed(events: AsyncGenerator[bytes, None], timeout_s: float, name: str | None) -> AsyncGenerator[bytes, None]:
+    """Events, and at last one that tells of an error where there is one."""
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    async with contextlib.aclosing(events):
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    content = await anext(events)
+            except StopAsyncIteration:
+                return
+            except Exception as error:
+                shown = api_error(error, timeout_s=timeout_s)
+                if shown.status == 500:
+                    logger.exception("A reply failed")
+                body = shown.body()
+                body["error"]["status"] = shown.status
+                yield event(body, name)
+                return
+            yield content

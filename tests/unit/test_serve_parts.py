@@ -21,7 +21,8 @@ from retro.generate import Decoder, Prompt, Role, generate, prompt_ids
 from retro.model import Retro
 from retro.serve.chat import ChatFormat, Turn
 from retro.serve.config import Key, Keys, ServeConfig, check_exposure, is_loopback, named_indexes
-from retro.serve.engine import BusyError, Engine, Gate, Task, Update, _held_back
+from retro.serve.engine import Engine, Task, Update, _held_back
+from retro.serve.gate import BusyError, Gate
 from retro.serve.metrics import Metrics
 from retro.tokenizer import Tokenizer
 
