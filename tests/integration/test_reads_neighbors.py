@@ -16,12 +16,13 @@ import torch
 
 from eval.attribution import attribute
 from index_builder.build import build_index
+from index_builder.live import add_documents, remove_documents
 from index_builder.search import IndexRetriever
-from retro.answer import ask, question_prompt, source_text
+from retro.answer import ask, ask_many, question_prompt, source_text
 from retro.attribution import answer_span, read_answer
 from retro.config import GenerateConfig, ModelConfig, TrainConfig
 from retro.model import Retro
-from retro.questions import QuestionItem, closed_book, question_batch
+from retro.question_batches import QuestionItem, closed_book, question_batch
 from retro.tokenizer import Tokenizer
 from retro.train import make_optimizer, train_step
 
@@ -169,17 +170,31 @@ def trained(world: World, tokenizer: Tokenizer) -> Retro:
     return model
 
 
-@pytest.mark.slow
-def test_facts_that_are_only_in_the_index_are_read_from_four_passages(tmp_path: Path) -> None:
+class Reader(NamedTuple):
+    world: World
+    tokenizer: Tokenizer
+    model: Retro
+
+
+@pytest.fixture(scope="module")
+def reader() -> Reader:
+    """A model that has learned to read, and the world of its facts; of the held out ones it knows nothing."""
     torch.manual_seed(0)
     world = World(seed=0)
     tokenizer = make_tokenizer(world)
-    model = trained(world, tokenizer)
+    return Reader(world, tokenizer, trained(world, tokenizer))
 
-    corpus = tmp_path / "facts.jsonl"
-    rows = [{"id": i, "title": f.entity, "text": f.sentence, "answer": f.value} for i, f in enumerate(world.held_out)]
-    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    build_index([str(corpus)], tmp_path / "facts.index")
+
+def write_facts(path: Path, facts: Sequence[Fact], first: int = 0) -> str:
+    rows = [{"id": i, "title": f.entity, "text": f.sentence, "answer": f.value} for i, f in enumerate(facts, first)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.slow
+def test_facts_that_are_only_in_the_index_are_read_from_four_passages(reader: Reader, tmp_path: Path) -> None:
+    world, tokenizer, model = reader
+    build_index([write_facts(tmp_path / "facts.jsonl", world.held_out)], tmp_path / "facts.index")
     retriever = IndexRetriever.open(tmp_path / "facts.index")
 
     found = retriever.retrieve([f.question for f in world.held_out], PASSAGES, role="query")
@@ -225,3 +240,42 @@ def test_facts_that_are_only_in_the_index_are_read_from_four_passages(tmp_path: 
     assert by_effect >= 0.95 * right
     assert by_attention >= 0.9 * right
     assert spans >= 0.9 * right
+
+
+@pytest.mark.slow
+def test_what_is_known_of_fifty_facts_changes_with_the_index(reader: Reader, tmp_path: Path) -> None:
+    world, tokenizer, model = reader
+    facts, others = world.held_out[:50], world.held_out[50:]
+    changed = [
+        f._replace(value=world.random.choice([name for name in world.names if name not in (f.entity, f.value)]))
+        for f in facts
+    ]
+    folder = tmp_path / "facts.index"
+    build_index([write_facts(tmp_path / "facts.jsonl", others, first=len(facts))], folder)
+    retriever = IndexRetriever.open(folder)  # it stays open, the model stays as it is
+    config = GenerateConfig(num_neighbors=PASSAGES, neighbor_len=NEIGHBOR_LEN, max_new_tokens=4)
+
+    def answers() -> list[str]:
+        found = retriever.retrieve([f.question for f in facts], PASSAGES, role="query")
+        return [a.text for a in ask_many(model, tokenizer, [f.question for f in facts], found, config)]
+
+    def right(said: list[str], wanted: Sequence[Fact]) -> int:
+        return sum(text == f.value for text, f in zip(said, wanted, strict=True))
+
+    before = answers()
+    corpus = write_facts(tmp_path / "facts.jsonl", facts)
+    assert add_documents(folder, [corpus], encoder=retriever.encoder).added == 50
+    told = answers()
+    write_facts(tmp_path / "facts.jsonl", changed)
+    assert add_documents(folder, [corpus], update=True, encoder=retriever.encoder).updated == 50
+    told_otherwise = answers()
+    assert remove_documents(folder, [f"facts:{number}" for number in range(50)]).removed == 50
+    after = answers()
+    counts = [right(before, facts), right(told, facts), right(told_otherwise, changed), right(told_otherwise, facts)]
+    logger.info("right before %d; told %d; told otherwise %d, of which %d as before", *counts)
+    # Chance is one name in 60: six or more of fifty happen by chance once in a few thousand times.
+    assert right(before, facts) < 6
+    assert right(told, facts) >= 45
+    assert right(told_otherwise, changed) >= 45
+    assert right(told_otherwise, facts) < 6
+    assert after == before
