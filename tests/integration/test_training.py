@@ -310,7 +310,7 @@ def test_every_step_is_made_with_its_own_share(data: Path, tmp_path: Path) -> No
     still: dict[str, Any] = {"learning_rate": 1e-12, "final_learning_rate": 1e-12}  # the weights remain what they are
     run = toy_run(data, tmp_path / "m", copy_share=0.0, final_copy_share=0.7, steps=12, eval_every=5, **still)
     parts = setup(run)
-    losses = []
+    losses: list[float] = []
     for share in [run.train.copy_share_at(step) for step in range(1, 13)] + [0.7] * 12:
         batch = parts.batches.batch(4 * (len(losses) % 12), 4, neighbor_dropout=0.25, copy_share=share)
         with torch.no_grad():
