@@ -161,7 +161,7 @@ def test_bfloat16_is_near_float32_and_leaves_the_weights_float32(run: RunConfig)
 @pytest.mark.parametrize("sequences", [0, 3])
 def test_losses_are_sums_over_tokens_of_the_same_sequences(run: RunConfig, sequences: int) -> None:
     parts = setup(run)
-    batches = open_batches(parts.data, "valid", run)
+    batches = open_batches(next(iter(parts.corpora.values())), "valid", run)
     count = sequences or batches.sequences_per_epoch
     assert count <= batches.sequences_per_epoch
     parts.model.train()
@@ -177,7 +177,7 @@ def test_losses_are_sums_over_tokens_of_the_same_sequences(run: RunConfig, seque
 
 def test_evaluation_is_the_same_twice_and_asks_for_no_more_than_there_is(run: RunConfig) -> None:
     parts = setup(run)
-    batches = open_batches(parts.data, "test", run)
+    batches = open_batches(next(iter(parts.corpora.values())), "test", run)
     found = [
         evaluate_loss(parts.model, batches, sequences=n, batch_size=3, dtype=torch.float32) for n in (0, 1000, 1000)
     ]
@@ -188,7 +188,7 @@ def test_a_decoder_without_cca_is_measured_without_retrieval_only(data_folder: P
     run = toy_run(data_folder, tmp_path, model={"cca_layers": ()})
     parts = setup(run)
     assert parts.batches.batch(0, 1).neighbors_BLKR is None
-    batches = open_batches(parts.data, "valid", run)
+    batches = open_batches(next(iter(parts.corpora.values())), "valid", run)
     found = evaluate_loss(parts.model, batches, sequences=0, batch_size=2, dtype=torch.float32)
     assert list(found.loss_nats) == ["off"]
 
@@ -248,7 +248,7 @@ def test_precision_is_float32_on_a_cpu_unless_asked_for() -> None:
 
 
 def test_batches_of_training_are_permuted_and_those_of_the_other_splits_are_not(run: RunConfig) -> None:
-    data = setup(run).data
+    data = next(iter(setup(run).corpora.values()))
     orders = {}
     for split in ("train", "valid", "test"):
         batches: Batches = open_batches(data, split, run)
