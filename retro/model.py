@@ -44,6 +44,11 @@ class Embedding(nn.Embedding):
         x_BTD: Tensor = super().forward(ids_BT)
         return x_BTD * math.sqrt(self.embedding_dim)
 
+    def reset_parameters(self) -> None:
+        """On the meta device nothing: drawing there imports the compiler, which takes a second."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
 
 class FeedForward(nn.Module):
     """Two matrices with GELU between."""
