@@ -5,47 +5,34 @@ order drawn at random until there are enough questions. Both is done in pieces b
 it goes on after the last finished piece, in a folder beside the result, `NAME.questions.work`.
 """
 
-import functools
-import json
 import logging
 import multiprocessing
 import re
 import shutil
-import string
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from index_builder.cloze_questions import BLOCK, Block, Cloze, Texts, make_block
 from index_builder.corpus import ReadOptions, describe_corpora
-from index_builder.evidence import Match, find_evidence
-from index_builder.sentence_index import LEANS, Article, SentenceIndex, build_sentence_index, write_shard
-from index_builder.sentences import KINDS, title_name, words_of
+from index_builder.sentence_index import Article, SentenceIndex, build_sentence_index, write_shard
+from index_builder.sentences import KINDS
 from index_builder.shards import Progress, ShardReader
-from retro.artifact import begin, read_json, write_atomically, write_json, writing
+from retro.artifact import begin, read_json, write_json, writing
 from retro.chunks import SPLITS, Document, name_hash, save_array, shard_path
 from retro.errors import ConfigError, CorpusError, RetroError
 from retro.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-BLANK = "_"
-"""What stands for the answer: two tokens of any byte-level BPE, and hardly ever found in prose."""
 WORDS = (6, 40)
 """Fewest and most words of a sentence that becomes a question."""
-PER_SENTENCE = 2
-"""Questions that a sentence may become."""
-MAX_EVIDENCE = 4
-"""Passages of a question that state its answer."""
-BLOCK = 4096
-"""Sentences that are looked up in one piece."""
-AT_ONCE = 1024
 REPORT = "cloze.json"
 _WORK = "sentences"
 
@@ -87,19 +74,6 @@ class ClozeConfig:
                 f"valid_share = {self.valid_share} and test_share = {self.test_share}: give shares from 0 on that leave "
                 "something to train on"
             )
-
-
-class Cloze(NamedTuple):
-    """A question."""
-
-    question: str
-    answer: str
-    kind: str
-    split: str
-    own: int
-    """The passage it was made of."""
-    candidates: list[tuple[int, str | None]]
-    """Passages, best first, and the answer in the words of each that states it."""
 
 
 def make_cloze(
@@ -144,7 +118,7 @@ def make_cloze(
         with _Workers(workers) as pool:
             counts = _read(corpora, work, out / "rejects.jsonl", config, pool, progress)
             passages: dict[int, int] = {}
-            texts = _Texts(SentenceIndex(work / "index"))
+            texts = Texts(SentenceIndex(work / "index"))
 
             def row(passage: int) -> int:
                 if passage not in passages:
@@ -161,11 +135,11 @@ def make_cloze(
                     group=made.kind,
                     own=row(made.own),
                 )
-        counts["passages"] = len(passages)
-        write_json(out / REPORT, counts)
+        report = {**_report(counts), "passages": len(passages)}
+        write_json(out / REPORT, report)
         writer.complete()
         shutil.rmtree(work)
-    return counts
+    return report
 
 
 def sample_cloze(
@@ -181,9 +155,27 @@ def sample_cloze(
     with _Workers(1) as pool:
         counts = _read(corpora, folder, folder / "rejects.jsonl", config, pool, None)
         made = list(_questions(folder, tokenizer, config, pool, counts, None))
-        texts = _Texts(SentenceIndex(folder / "index"))
+        texts = Texts(SentenceIndex(folder / "index"))
         few = made[:: max(1, len(made) // 8)][:8]
-        return counts, [(m, texts.shown(next(p for p, target in m.candidates if target is not None))) for m in few]
+        return _report(counts), [
+            (m, texts.shown(next(p for p, target in m.candidates if target is not None))) for m in few
+        ]
+
+
+def _report(counts: Counter[str]) -> dict[str, Any]:
+    """What is printed: counts, and what follows from them."""
+    questions = counts["questions"]
+    left_out = ("answer_in_question", "not_literal", "no_title", "too_long", *_Accepted.REASONS)
+    return {
+        **{name: counts[name] for name in ("documents", "rejects", "sentences", "sentences_asked", "blanks_tried")},
+        "share_with_evidence": counts["blanks_with_evidence"] / counts["blanks_tried"],
+        "questions": questions,
+        "by_split": {name: counts[name] for name in SPLITS},
+        "by_kind": {f"{kind}s": counts[f"{kind}s"] for kind in KINDS},
+        "left_out": {name: counts[name] for name in left_out},
+        "passages_per_question": counts["candidates"] / questions,
+        "with_the_answer": counts["candidates_with_answer"] / questions,
+    }
 
 
 # --- processes ----------------------------------------------------------------------------------------------------
@@ -295,22 +287,6 @@ def _split(document: Document, config: ClozeConfig) -> int:
 # --- questions ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Sentences to look up, and all that a process needs for it."""
-
-    work: Path
-    number: int
-    candidates: int
-    seed: int
-    tokens: int
-    """What a question may have, without what stands around it in the prompt."""
-
-    @property
-    def path(self) -> Path:
-        return self.work / "blocks" / f"{self.number:06d}.json"
-
-
 def _questions(
     work: Path,
     tokenizer: Tokenizer,
@@ -328,13 +304,14 @@ def _questions(
 
     around = len(tokenizer.encode(question_prompt("x")).ids)  # the x stands for BOS
     tokenizer.save(work)
+    index_made = (work / "read.json").stat().st_mtime_ns
     num_blocks = -(-counts["sentences_with_blanks"] // BLOCK)
     blocks = (
-        _Block(work, number, config.candidates, config.seed, config.question_tokens - around)
+        Block(work, index_made, number, config.candidates, config.seed, config.question_tokens - around)
         for number in range(num_blocks)
     )
     accepted = _Accepted(config.questions)
-    for path in pool.each(_make_block, blocks):
+    for path in pool.each(make_block, blocks):
         found = read_json(path)
         counts.update(found["counts"])
         for fields in found["questions"]:
@@ -343,8 +320,8 @@ def _questions(
                 counts[reason] += 1
                 continue
             counts["questions"] += 1
-            counts[f"questions_{made.split}"] += 1
-            counts[f"asking_for_a_{made.kind}"] += 1
+            counts[made.split] += 1
+            counts[f"{made.kind}s"] += 1
             counts["candidates"] += len(made.candidates)
             counts["candidates_with_answer"] += sum(target is not None for _, target in made.candidates)
             yield made
@@ -365,6 +342,8 @@ def _questions(
 class _Accepted:
     """Keeps questions apart: none twice, no answer and no pattern of words too often."""
 
+    REASONS = ("duplicates", "frequent_answer", "frequent_pattern")
+
     def __init__(self, questions: int) -> None:
         self._seen: set[int] = set()
         self._answers: Counter[int] = Counter()
@@ -379,9 +358,9 @@ class _Accepted:
         if question in self._seen:
             return "duplicates"
         if self._answers[answer] >= self._per_answer:
-            return "left_out_frequent_answer"
+            return "frequent_answer"
         if self._patterns[pattern] >= self._per_pattern:
-            return "left_out_frequent_pattern"
+            return "frequent_pattern"
         self._seen.add(question)
         self._answers[answer] += 1
         self._patterns[pattern] += 1
@@ -390,157 +369,3 @@ class _Accepted:
 
 _PATTERN = re.compile(r"(?:\b[A-Z\d]\w*[-' ,.]*)+")
 """Names and numbers: what is left says which template an article was made from."""
-
-
-# --- in the processes ---------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _opened(work: Path) -> "tuple[_Texts, Tokenizer, NDArray[np.int64]]":
-    from retro.chunks import load_array
-
-    return _Texts(SentenceIndex(work / "index")), Tokenizer.load(str(work)), load_array(work / "order.npy")
-
-
-def _make_block(block: _Block) -> Path:
-    """Makes the questions of a block of sentences, and writes them to its file."""
-    if block.path.is_file():
-        return block.path
-    texts, tokenizer, order = _opened(block.work)
-    sentences = order[block.number * BLOCK : (block.number + 1) * BLOCK]
-    counts: Counter[str] = Counter(sentences_asked=len(sentences))
-    questions: list[Cloze] = []
-    of_sentence: Counter[int] = Counter()
-    for first in range(0, len(sentences), AT_ONCE):
-        for match in find_evidence(texts.index, sentences[first : first + AT_ONCE], block.seed):
-            counts["blanks_with_evidence"] += 1
-            if of_sentence[match.sentence] == PER_SENTENCE:
-                continue
-            made = texts.question(match, block.candidates, sentences, block.seed)
-            if isinstance(made, str):
-                counts[made] += 1
-            else:
-                questions.append(made)
-                of_sentence[match.sentence] += 1
-    lengths = [len(ids) for ids in tokenizer.encode_batch([made.question for made in questions])]
-    fit = [made for made, length in zip(questions, lengths, strict=True) if length <= block.tokens]
-    counts["left_out_long"] += len(questions) - len(fit)
-    content = {"counts": counts, "questions": [made._asdict() for made in fit]}
-    write_atomically(block.path, lambda file: file.write(json.dumps(content, ensure_ascii=False).encode()))
-    return block.path
-
-
-_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "\u2013\u2014\u2018\u2019\u201c\u201d", " "))
-
-
-def _normalized(text: str) -> str:
-    """Lower case, without punctuation, a space at each end."""
-    return f" {' '.join(text.casefold().translate(_PUNCTUATION).split())} "
-
-
-class _Texts:
-    """The texts of an index' passages, and questions made of them."""
-
-    def __init__(self, index: SentenceIndex) -> None:
-        self.index = index
-
-    def titled(self, passage: int) -> tuple[str, str]:
-        """Title and text."""
-        document = int(self.index.document_of(np.array([passage]))[0])
-        return self.index.title(document), self.index.passage(passage)
-
-    def shown(self, passage: int) -> str:
-        """Both, for people."""
-        return ": ".join(filter(None, self.titled(passage)))
-
-    def question(
-        self, match: Match, num_candidates: int, strangers: NDArray[np.int64], seed: int
-    ) -> Cloze | Literal["left_out_answer_in_question", "left_out_no_title", "left_out_not_literal"]:
-        """Puts a question into words and chooses its passages.
-
-        Args:
-            match: What was found.
-            num_candidates: Passages to choose.
-            strangers: Sentences from all over the corpus, for want of better ones.
-            seed: Of the choice.
-
-        Returns:
-            The question, or why there is none.
-        """
-        arrays = self.index.arrays
-        own = int(self.index.passage_of(np.array([match.sentence]))[0])
-        title, text = self.titled(own)
-        first, last = arrays.spans[match.sentence].tolist()
-        start, end, kind = match.blank
-        answer = text[start:end]
-        name = title_name(title)
-        if arrays.flags[match.sentence] & LEANS and not name:
-            return "left_out_no_title"
-        before = f"{name}: {text[first:start]}" if match.titled else text[first:start]
-        if not set(words_of(answer)).isdisjoint([*words_of(before), *words_of(text[end:last])]):
-            return "left_out_answer_in_question"
-        evidence, distractors = self._candidates(match, own, answer)
-        if not evidence:
-            return "left_out_not_literal"
-        evidence = evidence[:MAX_EVIDENCE]
-        wanted = num_candidates - len(evidence)
-        taken = {own, *(passage for _, passage, _ in evidence)}
-        chosen: list[tuple[int, int, str | None]] = list(evidence)
-        looked_for = _normalized(answer)
-        random = np.random.default_rng([seed, match.sentence, 1])
-        near = random.permutation(self._same_article(own))
-        far = self.index.passage_of(random.choice(strangers, 4 * num_candidates))
-        far = far[self._splits(far) == self._splits(np.array([own]))]
-        # At most half of the same article, where others share as much.
-        plan = [
-            *distractors[: wanted - min(wanted // 4, len(near))],
-            *((len(match.found) + n, int(p)) for n, p in enumerate(near.tolist()[: wanted // 2])),
-            *distractors[wanted - min(wanted // 4, len(near)) :],
-            *((2 * len(match.found) + n, int(p)) for n, p in enumerate(far.tolist())),
-        ]
-        for rank, passage in plan:
-            if len(chosen) - len(evidence) == wanted:
-                break
-            if passage not in taken and looked_for not in _normalized(self.shown(passage)):
-                taken.add(passage)
-                chosen.append((rank, passage, None))
-        return Cloze(
-            question=before + BLANK + text[end:last],
-            answer=answer,
-            kind=KINDS[kind],
-            split=SPLITS[self._splits(np.array([own]))[0]],
-            own=own,
-            candidates=[(passage, target) for _, passage, target in sorted(chosen, key=lambda c: c[0])],
-        )
-
-    def _candidates(
-        self, match: Match, own: int, answer: str
-    ) -> tuple[list[tuple[int, int, str | None]], list[tuple[int, int]]]:
-        """Passages of the sentences found, with their ranks: those that state the answer literally, with it, and those without it,
-        the ones with something of its kind first."""
-        # Not inside a longer number or word, nor at the end of a range.
-        pattern = re.compile(rf"(?<![\w-])(?<!\d[.,]){re.escape(answer)}(?!\w|[.,]\d|-\w)", re.IGNORECASE)
-        evidence: dict[int, tuple[int, int, str | None]] = {}
-        without: dict[int, tuple[bool, int]] = {}
-        passages = self.index.passage_of(np.array(match.found)).tolist()
-        spans = self.index.arrays.spans[match.found].tolist()
-        for rank, (passage, span, states, holds, alike) in enumerate(
-            zip(passages, spans, match.evidence, match.holds, match.alike, strict=True)
-        ):
-            if passage == own:
-                continue
-            if states and passage not in evidence:
-                title, text = self.titled(passage)
-                if (literal := pattern.search(text[slice(*span)]) or pattern.search(title)) is not None:
-                    evidence[passage] = (rank, passage, literal[0])
-            elif not holds and passage not in without:
-                without[passage] = (not alike, rank)
-        order = sorted((*value, passage) for passage, value in without.items() if passage not in evidence)
-        return list(evidence.values()), [(rank, passage) for _, rank, passage in order]
-
-    def _same_article(self, passage: int) -> NDArray[np.int64]:
-        document = int(self.index.document_of(np.array([passage]))[0])
-        return np.arange(*self.index.arrays.passage_starts[document : document + 2])
-
-    def _splits(self, passages: NDArray[Any]) -> NDArray[np.uint8]:
-        return self.index.arrays.splits[self.index.document_of(passages)]

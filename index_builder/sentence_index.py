@@ -236,9 +236,10 @@ class SentenceIndex:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.arrays = SentenceArrays(**{name: load_array(folder / f"{name}.npy") for name in _ARRAYS})
-        self.posting_starts = load_array(folder / "posting_starts.npy")
-        self.postings_L = load_array(folder / "postings.npy")
+        # As plain arrays: taking a few values out of numpy's own class for memory maps costs ten times as much.
+        self.arrays = SentenceArrays(**{name: np.asarray(load_array(folder / f"{name}.npy")) for name in _ARRAYS})
+        self.posting_starts = np.asarray(load_array(folder / "posting_starts.npy"))
+        self.postings_L = np.asarray(load_array(folder / "postings.npy"))
         counts = np.concatenate([load_array(folder / "sentences_of.npy"), [1]])
         self.weights_W = np.log(self.num_sentences / counts).astype(np.float32)
         self.is_name_W = np.concatenate([load_array(folder / "is_name.npy"), [False]])
