@@ -32,6 +32,8 @@ class Answer:
     generation: Generation
     prompt_tokens: int = 0
     """Tokens of the prompt that the decoder read; passages that were read beside it are not in it."""
+    context_passages: int = 0
+    """How many of the passages, the best ones, stood in that prompt."""
 
 
 def question_prompt(question: str) -> str:
@@ -56,7 +58,9 @@ def source_text(title: str, text: str) -> str:
     return f"title: {title}, source: {text}" if title else f"source: {text}"
 
 
-def answer_prompt(question: str, passages: Sequence[Passage], tokenizer: Tokenizer, chunk_len: int) -> Prompt:
+def answer_prompt(
+    question: str, passages: Sequence[Passage], tokenizer: Tokenizer, chunk_len: int, *, context_passages: int = 0
+) -> Prompt:
     """A question on the grid, with passages for the chunk that it ends and all later ones.
 
     Args:
@@ -64,6 +68,8 @@ def answer_prompt(question: str, passages: Sequence[Passage], tokenizer: Tokeniz
         passages: To be read, best first; none for a closed book.
         tokenizer: The model's.
         chunk_len: M.
+        context_passages: So many passages, the best first, stand in front of the question instead (RETRO++, arXiv:2304.06762), as
+            a model wants it that was trained with as many.
 
     Raises:
         ConfigError: The question is empty, or longer than MAX_PROMPT_TOKENS.
@@ -74,10 +80,20 @@ def answer_prompt(question: str, passages: Sequence[Passage], tokenizer: Tokeniz
             f"the question is too long: with its frame it has {len(ids):,} tokens, at most {MAX_PROMPT_TOKENS} are read; "
             "ask one thing in a sentence or two, texts belong into the index"
         )
-    return Prompt(ids, {-(-len(ids) // chunk_len) - 1: [passage_text(p) for p in passages]})
+    texts = [passage_text(p) for p in passages]
+    before = [token for few in tokenizer.encode_batch(texts[:context_passages]) for token in few[:NEIGHBOR_LEN]]
+    ids = [ids[0], *before, *ids[1:]]
+    return Prompt(ids, {-(-len(ids) // chunk_len) - 1: texts[context_passages:]})
 
 
-def to_answer(question: str, passages: Sequence[Passage], generation: Generation, *, prompt_tokens: int = 0) -> Answer:
+def to_answer(
+    question: str,
+    passages: Sequence[Passage],
+    generation: Generation,
+    *,
+    prompt_tokens: int = 0,
+    context_passages: int = 0,
+) -> Answer:
     """A continuation of `answer_prompt` as an answer."""
     mean = sum(generation.log_probs) / max(len(generation.log_probs), 1)
     return Answer(
@@ -87,6 +103,7 @@ def to_answer(question: str, passages: Sequence[Passage], generation: Generation
         passages=list(passages),
         generation=generation,
         prompt_tokens=prompt_tokens,
+        context_passages=context_passages,
     )
 
 
@@ -123,11 +140,14 @@ def ask_many(
             f"there are {len(questions)} questions and passages for {len(passages)}: give a list for each"
         )
     read = [few[: config.num_neighbors] for few in passages]
-    chunk_len = model.config.chunk_len
-    prompts = [answer_prompt(q, few, tokenizer, chunk_len) for q, few in zip(questions, read, strict=True)]
+    context = model.context_passages
+    prompts = [
+        answer_prompt(question, few, tokenizer, model.config.chunk_len, context_passages=context)
+        for question, few in zip(questions, read, strict=True)
+    ]
     made = generate(model, tokenizer, prompts, config, retriever=None, on_token=on_token)
     return [
-        to_answer(question, few, generation, prompt_tokens=len(prompt.ids))
+        to_answer(question, few, generation, prompt_tokens=len(prompt.ids), context_passages=context)
         for question, few, generation, prompt in zip(questions, read, made, prompts, strict=True)
     ]
 

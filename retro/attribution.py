@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from retro.answer import NEIGHBOR_LEN, Answer, passage_text, question_prompt
+from retro.answer import NEIGHBOR_LEN, Answer, answer_prompt, passage_text
 from retro.attention import Attention, Places
 from retro.cca import Neighborhood
 from retro.chunks import Int64s, Passage
-from retro.generate import Generation, neighbor_tensors, prompt_ids
+from retro.generate import Generation, neighbor_tensors
 from retro.model import Retro
 from retro.tokenizer import Tokenizer
 
@@ -86,11 +86,13 @@ def read_generation(prompt: Sequence[int], generation: Generation, chunk_len: in
 
 
 def read_answer(answer: Answer, tokenizer: Tokenizer, chunk_len: int) -> Reading:
-    """An answer of `retro.answer.ask`, without its EOS; its passages are numbered as there, unless two are the same."""
-    prompt = prompt_ids(question_prompt(answer.question), tokenizer)
+    """An answer of `retro.answer.ask`, without its EOS; its passages are numbered as there, unless two are the same, but for those
+    that stood in its prompt."""
+    context = answer.context_passages
+    prompt = answer_prompt(answer.question, answer.passages, tokenizer, chunk_len, context_passages=context).ids
     ids = [*prompt, *_words(answer.generation)]
     lead = -len(prompt) % chunk_len
-    sources = [Source.evidence(passage) for passage in answer.passages]
+    sources = [Source.evidence(passage) for passage in answer.passages[context:]]
     first = (lead + len(prompt)) // chunk_len - 1
     return Reading.of(
         ids, lead, dict.fromkeys(range(first, (lead + len(ids)) // chunk_len), sources), given=len(prompt)
@@ -359,7 +361,8 @@ class Explanation:
     """From where an answer comes: the model's attention to its passages, in their order there."""
 
     share_P: Floats
-    """Of each passage, averaged over the answer's tokens and the layers; sums to 1 where anything was read and said, else 0."""
+    """Of each passage, averaged over the answer's tokens and the layers; sums to 1 where anything was read and said, else 0. Those
+    that stood in the prompt have none."""
     spans: tuple[tuple[int, int] | None, ...]
     """Of each passage the part that the answer was taken from: first and end character of `Passage.full_text`, see `explain`."""
     tokens: tuple[str, ...]
@@ -384,17 +387,17 @@ def explain(model: Any, tokenizer: Tokenizer, answer: Answer, *, neighbor_len: i
     """
     reading = read_answer(answer, tokenizer, model.chunk_len)
     text, spans_n2 = _output_spans(reading.ids, tokenizer)
-    P, n = len(answer.passages), len(reading.ids) - reading.given
+    P, n, first = len(answer.passages), len(reading.ids) - reading.given, answer.context_passages
     share_nP = np.zeros((n, P))
     spans: list[tuple[int, int] | None] = [None] * P
-    if P and n:
+    if first < P and n:
         attended, _ = attend(model, tokenizer, Placed.of(reading, tokenizer, model.chunk_len, neighbor_len))
         # Every chunk has the same passages, so that neighbor k is passage k; two that are the same share what they got.
-        share_nP = attended.share_JnKR[:, attended.answer].mean(axis=0).sum(axis=2)
+        share_nP[:, first:] = attended.share_JnKR[:, attended.answer].mean(axis=0).sum(axis=2)
         numbers = reading.chunks[min(reading.chunks)]
-        spans = [
-            _taken_from(attended, number, answer.text, is_read=share >= 1 / P)
-            for number, share in zip(numbers, share_nP.mean(axis=0), strict=True)
+        spans[first:] = [
+            _taken_from(attended, number, answer.text, is_read=share >= 1 / (P - first))
+            for number, share in zip(numbers, share_nP[:, first:].mean(axis=0), strict=True)
         ]
     return Explanation(
         share_P=share_nP.mean(axis=0) if n else np.zeros(P),

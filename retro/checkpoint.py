@@ -174,6 +174,7 @@ def load_model(
         model.to_empty(device=device)
     _load_weights(model, load_weights(folder), folder / WEIGHTS)
     model.eval()
+    model.context_passages = info.get("training", {}).get("settings", {}).get("context_passages", 0)
     if isinstance(model, Retro) and torch.device(device).type == "cpu":
         model.lay_out_for_decoding()
     return model, tokenizer, info

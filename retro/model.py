@@ -195,7 +195,10 @@ class Retro(nn.Module):
     Attributes:
         every_chunk: See Reader.
         checkpointing: In training keep only each layer's input, and run the layer again in the backward pass.
+        context_passages: How many passages it wants in front of a question, see `retro.answer.answer_prompt`.
     """
+
+    context_passages = 0
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -234,7 +234,8 @@ class QuestionBatches:
             passages = []
             target = int(data.arrays.targets[question])
         sources = [data.passage(passage) for passage in passages]
-        context = np.concatenate([np.empty(0, np.int64), *sources[: self._context]])
+        in_front = [source[: self.neighbor_len] for source in sources[: self._context]]
+        context = np.concatenate([np.empty(0, np.int64), *in_front])
         prompt = data.prompt(question)
         return _Row(
             prompt=np.concatenate([prompt[:1], context, prompt[1:]]) if len(context) else prompt,

@@ -212,7 +212,10 @@ class RetroFit(nn.Module):
         options: What the base is, and what is trained of it.
         trained: Names of the parameters that are.
         digests: Of the base's tensors, as it was given.
+        context_passages: See `retro.model.Retro`.
     """
+
+    context_passages = 0
 
     def __init__(self, base: Any, config: ModelConfig, options: BaseConfig) -> None:
         """See `retrofit`."""

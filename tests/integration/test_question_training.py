@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 
 from index_builder.questions import QuestionConfig, build_questions, find_answer
 from index_builder.search import IndexRetriever
-from retro.answer import question_prompt, source_text
+from retro.answer import answer_config, ask_many, passage_text, question_prompt, source_text
+from retro.attribution import explain
 from retro.chat import chat_prompt
 from retro.checkpoint import load_model
 from retro.chunks import SPLITS
 from retro.config import ModelConfig, RunConfig, TrainConfig
 from retro.errors import ConfigError, MismatchError
+from retro.generate import Prompt, generate
 from retro.metrics import METRICS, read_lines
 from retro.question_batches import QuestionBatches, Reading
 from retro.questions import QuestionData
@@ -348,6 +350,43 @@ def test_a_training_can_begin_with_another_model_and_replay_text(
         train(replace(other, train=replace(later.train, out=str(tmp_path / "x.model"))))
     with pytest.raises(ConfigError, match="replay_sequences = 3"):
         replace(later.train, replay_sequences=3)
+
+
+def test_a_model_is_asked_with_as_many_passages_in_its_prompt_as_it_was_trained_with(
+    data: Path, retriever: IndexRetriever, tmp_path: Path
+) -> None:
+    train(run(data, tmp_path / "a.model", steps=2, context_passages=1, neighbor_len=160))
+    model, tokenizer, _ = load_model(tmp_path / "a.model")
+    passages = retriever.retrieve(["When did the oil crisis begin?"], 3, role="query")
+    config = answer_config(3, 4)
+    (answer,) = ask_many(model, tokenizer, ["When?"], passages, config)
+    in_front = tokenizer.encode(passage_text(passages[0][0])).ids.tolist()
+    plain = tokenizer.encode(question_prompt("When?")).ids.tolist()
+    assert answer.prompt_tokens == 1 + len(in_front) + len(plain)
+    by_hand = Prompt([tokenizer.bos_id, *in_front, *plain])
+    chunk = -(-len(by_hand.ids) // 16) - 1
+    by_hand = Prompt(by_hand.ids, {chunk: [passage_text(p) for p in passages[0][1:]]})
+    assert generate(model, tokenizer, [by_hand], config)[0].ids == answer.generation.ids
+    why = explain(model, tokenizer, answer)
+    assert why.share_P[0] == 0
+    assert why.share_P.sum() == pytest.approx(1)
+    assert why.spans[0] is None
+    source = QuestionBatches(
+        [QuestionData(data)],
+        "train",
+        chunk_len=16,
+        neighbor_len=160,
+        seed=0,
+        permute=False,
+        reading=Reading(num_passages=2),
+        context_passages=1,
+    )
+    batch = source.batch(0, 1)
+    made = QuestionData(data)
+    question = made.prompt(int(made.questions("train")[0])).tolist()
+    given = batch.inputs_BT[0][batch.keep_BT[0]].tolist()
+    read = {tuple(made.passage(p)[:160].tolist()) for p in made.candidates(int(made.questions("train")[0]))[0].tolist()}
+    assert any(given[: 1 + len(front) + len(question) - 1] == [question[0], *front, *question[1:]] for front in read)
 
 
 def vars_of(config: ModelConfig) -> dict[str, Any]:
