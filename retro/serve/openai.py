@@ -35,7 +35,8 @@ class Form:
             choice: dict[str, Any] = {"index": number, "finish_reason": update.finish}
             choice["logprobs"] = self._log_probs(update.tokens, 0)
             if self.is_chat:
-                choice["message"] = {"role": "assistant", "content": update.text, "refusal": None}
+                text = update.text.removeprefix(self._service.model.chat.leading)
+                choice["message"] = {"role": "assistant", "content": text, "refusal": None}
             else:
                 choice["text"] = update.text
             choices.append(choice)
@@ -65,10 +66,14 @@ class Form:
                 }
                 yield event(self._chunk([first], more | ({"retro": self._retro([])} if number == 0 else {})))
         ended: list[Update] = [Update() for _ in plan.tasks]
+        is_silent = [self.is_chat] * len(plan.tasks)
         left = len(plan.tasks)
         async for number, update in self._service.engine.stream(plan.tasks):
             tokens += len(update.tokens)
             left -= update.finish is not None
+            if is_silent[number] and update.text:
+                is_silent[number] = False
+                update.text = update.text.removeprefix(self._service.model.chat.leading)
             if update.text or (self._wants_log_probs and update.tokens) or update.finish:
                 choice: dict[str, Any] = {"index": number, "finish_reason": None}
                 choice["logprobs"] = self._log_probs(update.tokens, chars[number])

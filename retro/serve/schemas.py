@@ -4,6 +4,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from retro import chat
+
 MAX_QUERY_CHARS = 10_000
 MAX_STOPS = 16
 
@@ -127,9 +129,10 @@ class Message(Body):
     name: Annotated[str | None, Field(max_length=1000)] = None
 
     @property
-    def text(self) -> str:
-        """All of it."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    def plain(self) -> chat.Message:
+        """Without parts, by a role that models know."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class ChatRequest(Generating):

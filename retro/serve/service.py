@@ -15,12 +15,13 @@ from index_builder.filters import Filter
 from index_builder.search import Method
 from retro.answer import NEIGHBOR_LEN, answer_config, answer_prompt, passage_text, to_answer
 from retro.attribution import Explanation, explain
+from retro.chat import last_user_message
 from retro.checkpoint import load_model
 from retro.chunks import Passage
 from retro.config import GenerateConfig
 from retro.errors import ConfigError
 from retro.generate import Prompt, prompt_ids
-from retro.serve.chat import ChatFormat, Turn
+from retro.serve.chat import ChatFormat
 from retro.serve.config import Key, Keys, ServeConfig
 from retro.serve.engine import Engine, Task, Update
 from retro.serve.errors import ApiError
@@ -210,13 +211,16 @@ class Service:
         """What a chat takes; its passages are looked up here, for the last message of the user."""
         search = self.search_of(body, key, self.config.num_passages)
         self._check_choices(body.n or 1)
-        turns = [Turn(message.role, message.text) for message in body.messages]
-        questions = [turn.text for turn in turns if turn.role == "user"]
-        if not questions or not questions[-1].strip():
-            raise ApiError(400, "there is no message of the user that says anything", param="messages")
-        ids = await self._tokenized(lambda: self.model.chat.ids(turns), sum(len(turn.text) for turn in turns))
+        messages = [message.plain for message in body.messages]
+        if not any(message["role"] == "user" for message in messages):
+            raise ApiError(400, "no message is a user's: there is nothing to answer", param="messages")
+        question = last_user_message(messages)
+        if not question.strip():
+            raise ApiError(400, "the last message of the user is empty", param="messages")
+        chars = sum(len(message["content"]) for message in messages)
+        ids = await self._tokenized(lambda: self.model.chat.ids(messages), chars)
         max_tokens = self._max_tokens(body.max_completion_tokens or body.max_tokens, CHAT_TOKENS, len(ids))
-        passages = await self.passages(questions[-1], search)
+        passages = await self.passages(question, search)
         last = -(-len(ids) // self.model.network.config.chunk_len) - 1
         prompt = Prompt(ids, {last: [passage_text(passage) for passage in passages]})
         settings = GenerateConfig(

@@ -30,11 +30,11 @@ from commands import command, refused
 from index_builder.live import add_documents
 from index_builder.search import IndexRetriever
 from retro.answer import ask
+from retro.chat import chat_prompt
 from retro.checkpoint import load_model, save_model
 from retro.config import GenerateConfig
 from retro.generate import generate, prompt_ids
 from retro.model import Retro
-from retro.serve.chat import Turn, chat_prompt
 from retro.serve.config import Keys, ServeConfig
 from retro.serve.server import Server, serve
 from retro.tokenizer import Tokenizer
@@ -242,9 +242,12 @@ def test_a_chat_reads_the_passages_of_the_last_question(running: Running, model_
     assert [p["key"] for p in retro["passages"]] == [p.key for p in found]
     assert [p["text"] for p in retro["passages"]] == [p.full_text for p in found]
     _, tokenizer = loaded(model_folder)
-    turns = [Turn(m["role"], m["content"] if isinstance(m["content"], str) else QUESTION) for m in messages]
+    plain: list[Any] = [
+        {**message, "content": QUESTION if number == 3 else message["content"]}
+        for number, message in enumerate(messages)
+    ]
     assert reply.usage is not None
-    assert reply.usage.prompt_tokens == len(prompt_ids(chat_prompt(turns), tokenizer))
+    assert reply.usage.prompt_tokens == len(prompt_ids(chat_prompt(plain), tokenizer))
     assert choice.logprobs is not None
     assert choice.logprobs.content is not None
     assert len(choice.logprobs.content) == reply.usage.completion_tokens == 12
