@@ -104,8 +104,12 @@ def make_cloze(
         CorpusError: A corpus cannot be read, or gives no question.
         ConfigError, FormatError, StorageError: As their names say.
     """
-    from retro.questions import QuestionWriter
+    from retro.questions import LONGEST_PROMPT, QuestionWriter
 
+    if config.question_tokens > LONGEST_PROMPT:
+        raise ConfigError(
+            f"question_tokens = {config.question_tokens}: question data takes prompts of at most {LONGEST_PROMPT}"
+        )
     recipe = {"command": "cloze", "config": asdict(config), "corpora": describe_corpora(corpora)}
     work = out.with_name(out.name + ".work")
     with writing(out):
