@@ -312,9 +312,15 @@ async function start() {
     });
     byId(`${form}-retriever`).replaceChildren(...options);
   }
+  if (server.retro.default_k === 0) byId("ask-form").elements.mode.value = "off";
+  greyOut();
   const wanted = tabs.find((tab) => !tab.hidden && location.hash === `#${tab.id.slice(4)}`);
   selectTab(wanted ?? tabs[0]);
   if (!wanted && document.activeElement === document.body) byId("question").focus();
+}
+
+function greyOut() {
+  for (const field of byId("ask-options").querySelectorAll(".field :is(input, select)")) field.disabled = mode() === "off";
 }
 
 function onSubmit(id, act) {
@@ -338,9 +344,7 @@ byId("question").addEventListener("keydown", (event) => {
   event.preventDefault();
   if (running === null) byId("ask-form").requestSubmit();
 });
-byId("ask-form").addEventListener("change", () => {
-  for (const field of byId("ask-options").querySelectorAll(".field :is(input, select)")) field.disabled = mode() === "off";
-});
+byId("mode").addEventListener("change", greyOut);
 byId("again").addEventListener("click", () => {
   selectTab(tabs[0]);
   byId("question").value = lastAsked;

@@ -247,7 +247,7 @@ export class Pane {
   /** What stands below the answer while no word is looked at. */
   hint() {
     this.drawn.replaceChildren(
-      element("p", "soft", "Point at a word to see which passages it drew on; by keyboard, Tab and the arrow keys."),
+      element("p", "soft", "Point at a word, or tap it, to see which passages it drew on; by keyboard, Tab and the arrow keys."),
     );
   }
 
