@@ -472,7 +472,8 @@ def test_a_chosen_threshold_lies_in_the_models_folder(
     assert found.chosen_on == "first.jsonl, second.jsonl (retrieval)"
     assert "--choose-threshold" in found.command
     assert f"{found.min_confidence:.4f}" in outcome.err
-    # It is the same model: its answers need not be made again.
+    # It is still the same model: its answers need not be made again.
+    done("eval", "qa", *options)
     assert len(list((out / "predictions").iterdir())) == 1
 
 
