@@ -219,10 +219,14 @@ class Service:
             raise ApiError(400, "the last message of the user is empty", param="messages")
         chars = sum(len(message["content"]) for message in messages)
         ids = await self._tokenized(lambda: self.model.chat.ids(messages), chars)
-        max_tokens = self._max_tokens(body.max_completion_tokens or body.max_tokens, CHAT_TOKENS, len(ids))
+        asked, longest = body.max_completion_tokens or body.max_tokens, len(ids) + self._in_context(search.k)
+        max_tokens = self._max_tokens(asked, CHAT_TOKENS, longest)
         passages = await self.passages(question, search)
+        texts, context = [passage_text(passage) for passage in passages], self.model.network.context_passages
+        before = [token for few in self.model.tokenizer.encode_batch(texts[:context]) for token in few[:NEIGHBOR_LEN]]
+        ids = [ids[0], *before, *ids[1:]]
         last = -(-len(ids) // self.model.network.config.chunk_len) - 1
-        prompt = Prompt(ids, {last: [passage_text(passage) for passage in passages]})
+        prompt = Prompt(ids, {last: texts[context:]})
         settings = GenerateConfig(
             max_new_tokens=max_tokens, num_neighbors=search.k, neighbor_len=NEIGHBOR_LEN, **_sampling(body)
         )
@@ -236,6 +240,10 @@ class Service:
             for number in range(body.n or 1)
         ]
         return Plan(tasks=tasks, passages=passages, prompt_tokens=len(ids), search=search)
+
+    def _in_context(self, k: int) -> int:
+        """Tokens that passages may take in the prompt, where the model wants some of them there (RETRO++)."""
+        return min(k, self.model.network.context_passages) * NEIGHBOR_LEN
 
     def _check_choices(self, count: int) -> None:
         if count > self.config.max_choices:
@@ -293,14 +301,14 @@ class Service:
         """Finds the passages of a question; the answer is still to come."""
         search = self.search_of(body, key, self.config.num_passages)
         chunk_len = self.model.network.config.chunk_len
-        prompt = answer_prompt(
-            body.question, (), self.model.tokenizer, chunk_len
-        )  # what cannot be asked is not looked up
-        max_tokens = self._max_tokens(body.max_tokens, body.max_tokens, len(prompt.ids))
+        context = self.model.network.context_passages
+        # What cannot be asked is not looked up.
+        prompt = answer_prompt(body.question, (), self.model.tokenizer, chunk_len)
+        max_tokens = self._max_tokens(body.max_tokens, body.max_tokens, len(prompt.ids) + self._in_context(search.k))
         began = time.perf_counter()
         passages = await self.passages(body.question, search)
         found = time.perf_counter() - began
-        prompt = answer_prompt(body.question, passages, self.model.tokenizer, chunk_len)
+        prompt = answer_prompt(body.question, passages, self.model.tokenizer, chunk_len, context_passages=context)
         return Asking(self, body, Task(prompt=prompt, config=answer_config(search.k, max_tokens)), passages, found)
 
 
@@ -335,7 +343,10 @@ class Asking:
         service, generation = self._service, update.generation
         assert generation is not None
         prompt = len(self._task.prompt.ids)
-        answer = to_answer(self._body.question, self._passages, generation, prompt_tokens=prompt)
+        context = service.model.network.context_passages
+        answer = to_answer(
+            self._body.question, self._passages, generation, prompt_tokens=prompt, context_passages=context
+        )
         explained: Explanation | None = None
         if self._body.attribution and self._passages:
             # The model is watched while it reads: nobody else may use it meanwhile.

@@ -29,11 +29,12 @@ from commands import command, refused
 
 from index_builder.live import add_documents
 from index_builder.search import IndexRetriever
-from retro.answer import ask
+from retro.answer import ask, ask_many, passage_text
+from retro.attribution import explain
 from retro.chat import chat_prompt
 from retro.checkpoint import load_model, save_model
 from retro.config import GenerateConfig
-from retro.generate import generate, prompt_ids
+from retro.generate import Prompt, generate, prompt_ids
 from retro.model import Retro
 from retro.serve.config import Keys, ServeConfig
 from retro.serve.server import Server, serve
@@ -95,7 +96,12 @@ def start(model_folder: Path, tiny_index: Path, tmp_path_factory: pytest.TempPat
 
     @contextlib.contextmanager
     def started(
-        *, keys: bool = True, others: dict[str, Path] | None = None, index: bool = True, **settings: Any
+        *,
+        keys: bool = True,
+        others: dict[str, Path] | None = None,
+        index: bool = True,
+        model: Path = model_folder,
+        **settings: Any,
     ) -> Iterator[Running]:
         folder = tmp_path_factory.mktemp("served")
         copied = folder / "wiki.index"
@@ -117,7 +123,7 @@ def start(model_folder: Path, tiny_index: Path, tmp_path_factory: pytest.TempPat
                 indexes = ({"wiki": copied} | (others or {})) if index else {}
                 values: dict[str, Any] = {"port": 0, "model_name": "toy", **settings}
                 config = ServeConfig(**values)
-                serve(model_folder, indexes, config, read, on_start=on_start)
+                serve(model, indexes, config, read, on_start=on_start)
             except BaseException as error:
                 failed.append(error)
             finally:
@@ -574,6 +580,40 @@ def test_an_answer_is_that_of_retro_ask_with_its_sources(running: Running, model
     assert reply["refused"] is False
     assert reply["usage"]["completion_tokens"] == 9
     assert set(reply["seconds"]) == {"retrieval", "decoding"}
+
+
+def test_a_model_that_was_trained_with_passages_in_its_prompt_is_asked_so(
+    start: Start, model_folder: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = loaded(model_folder)
+    save_model(tmp_path, model, tokenizer, training={"settings": {"context_passages": 2}})
+    model.context_passages = 2
+    with start(model=tmp_path, max_context=700) as server, server.http() as client:
+        found = IndexRetriever.open(server.index).retrieve([QUESTION], 4, role="query")[0]
+        for k in (4, 1, 0):
+            config = GenerateConfig(num_neighbors=k, neighbor_len=160, max_new_tokens=9)
+            (answer,) = ask_many(model, tokenizer, [QUESTION], [found], config)
+            reply = client.post("/v1/ask", json={"question": QUESTION, "k": k, "max_tokens": 9}).json()
+            assert (reply["answer"], reply["usage"]["prompt_tokens"]) == (answer.text, answer.prompt_tokens)
+            shares = explain(model, tokenizer, answer).share_P
+            assert [p["share"] for p in reply["passages"]] == pytest.approx(shares.tolist(), abs=1e-4)
+        messages: list[Any] = [{"role": "user", "content": QUESTION}]
+        chat = server.openai().chat.completions.create(
+            model="toy", messages=messages, max_tokens=9, temperature=0, extra_body={"k": 4}
+        )
+        texts = [passage_text(passage) for passage in found]
+        plain = prompt_ids(chat_prompt(messages), tokenizer)
+        in_front = [token for text in texts[:2] for token in tokenizer.encode(text).ids.tolist()[:160]]
+        ids = [plain[0], *in_front, *plain[1:]]
+        prompt = Prompt(ids, {-(-len(ids) // model.config.chunk_len) - 1: texts[2:]})
+        (alone,) = generate(
+            model, tokenizer, [prompt], GenerateConfig(max_new_tokens=9, num_neighbors=4, neighbor_len=160)
+        )
+        assert chat.choices[0].message.content == alone.text.removeprefix(" ")
+        assert chat.usage is not None
+        assert chat.usage.prompt_tokens == len(ids)
+        too_long = client.post("/v1/ask", json={"question": QUESTION, "k": 4, "max_tokens": 400})
+        assert too_long.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_an_answer_is_streamed_with_its_passages_first(running: Running) -> None:
