@@ -1,10 +1,10 @@
 """Training data: a tokenized corpus with the neighbors of its chunks, none of their own group nor of an evaluation's words."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,8 @@ from retro.errors import FormatError, MismatchError
 from retro.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+_BLOCK = 1024
+"""Neighbors that are tokenized in one go."""
 
 
 def build_training_data(
@@ -83,24 +85,32 @@ def build_training_data(
         work = out / "shards"
         search = _Search(retriever, snapshot, config, work, progress)
         counts = _make_shards(corpora, work, out, tokenizer, search, config, progress)
-        counts |= _collect(work, out, tokenizer, snapshot.store, config)
+        counts |= collect(work, out, tokenizer, snapshot.store, config)
         for path in sorted(work.iterdir()):
             path.unlink()
         work.rmdir()
-        finish(
-            out,
-            TrainingData.KIND,
-            recipe,
-            {
-                "chunk_len": config.chunk_len,
-                "tokenizer_fingerprint": tokenizer.fingerprint,
-                "vocab_size": tokenizer.vocab_size,
-                "encoder_fingerprint": retriever.encoder.fingerprint,
-                **counts,
-            },
-        )
+        complete(out, recipe, tokenizer, config, retriever.encoder.fingerprint, counts)
     made: dict[str, Any] = read_json(out / "manifest.json")
     return made
+
+
+def complete(
+    out: Path,
+    recipe: dict[str, Any],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    encoder_fingerprint: str,
+    counts: dict[str, int],
+) -> None:
+    """Writes the manifest of training data whose arrays are all there."""
+    fields = {
+        "chunk_len": config.chunk_len,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "encoder_fingerprint": encoder_fingerprint,
+        **counts,
+    }
+    finish(out, TrainingData.KIND, recipe, fields)
 
 
 class _Search:
@@ -280,7 +290,7 @@ def _make_shards(
     reader = ShardReader(
         corpora,
         config.read,
-        make=lambda document: _tokenized(document, tokenizer, config),
+        make=lambda document: tokenized(document, tokenizer, config),
         shard_chars=config.shard_chars,
         rejects_file=out / "rejects.jsonl",
         wanted=wanted,
@@ -300,7 +310,7 @@ def _make_shards(
     }
 
 
-def _tokenized(document: Document, tokenizer: Tokenizer, config: DataConfig) -> TokenizedDocument:
+def tokenized(document: Document, tokenizer: Tokenizer, config: DataConfig) -> TokenizedDocument:
     """Puts a document on its grid; split and lead follow from the seed and the names alone."""
     draw = np.random.default_rng([config.seed, name_hash(document.group)]).random()
     if document.split:
@@ -343,17 +353,75 @@ def _write_shard(
     scores_NK = np.full((chunk, K), np.nan, np.float32)
     rows_NK[places] = rows_QK
     scores_NK[places] = np.where(rows_QK >= 0, scores_QK, np.nan)
-    columns = [(len(e.ids), e.lead, e.split, e.num_bytes) for e in shard.made]
-    ids = np.concatenate([e.ids for e in shard.made]).astype(_ids_type(tokenizer))
-    save_array(shard_path(work, shard.number, ".ids.npy"), ids)
-    save_array(shard_path(work, shard.number, ".documents.npy"), np.array(columns, np.int64))
-    save_array(shard_path(work, shard.number, ".rows.npy"), rows_NK)
-    save_array(shard_path(work, shard.number, ".scores.npy"), scores_NK)
+    write_tokens(work, shard.number, shard.made, tokenizer)
+    write_rows(work, shard.number, rows_NK, scores_NK)
     return chunk
 
 
-def _collect(work: Path, out: Path, tokenizer: Tokenizer, store: ChunkStore, config: DataConfig) -> dict[str, int]:
-    """Shards to the flat arrays of TrainingData, and the text of every neighbor to tokens; returns counts."""
+def write_tokens(work: Path, number: int, made: Sequence[TokenizedDocument], tokenizer: Tokenizer) -> None:
+    """The tokens of one shard's documents, for `collect`."""
+    columns = [(len(e.ids), e.lead, e.split, e.num_bytes) for e in made]
+    ids = np.concatenate([e.ids for e in made]).astype(_ids_type(tokenizer))
+    save_array(shard_path(work, number, ".ids.npy"), ids)
+    save_array(shard_path(work, number, ".documents.npy"), np.array(columns, np.int64))
+
+
+def write_rows(work: Path, number: int, rows_NK: NDArray[np.int64], scores_NK: NDArray[np.float32]) -> None:
+    """The neighbors of one shard's chunks, partial ones included, for `collect`: rows of the index, -1 where there is none."""
+    save_array(shard_path(work, number, ".rows.npy"), rows_NK)
+    save_array(shard_path(work, number, ".scores.npy"), scores_NK)
+
+
+class NeighborTokens(NamedTuple):
+    """Neighbors in a model's tokens."""
+
+    ids_UR: NDArray[Any]
+    """Chunk and continuation as one string, cut after R tokens; 0 beyond."""
+    lengths_U: NDArray[np.int32]
+    """How many tokens each has."""
+    chunk_lengths_U: NDArray[np.int32]
+    """How many of these are the chunk's own."""
+
+
+def neighbor_tokens(store: ChunkStore, index_rows: NDArray[np.int64], tokenizer: Tokenizer, R: int) -> NeighborTokens:
+    """Tokenizes some rows of an index [U] as neighbors."""
+    U = len(index_rows)
+    ids_UR = np.zeros((U, R), _ids_type(tokenizer))
+    lengths_U, chunk_lengths_U = np.zeros(U, np.int32), np.zeros(U, np.int32)
+    passages = [store.passage(int(row)) for row in index_rows]
+    texts = [passage.full_text for passage in passages]
+    encodings = tokenizer.backend.encode_batch(texts, add_special_tokens=False)
+    for row, (passage, encoding) in enumerate(zip(passages, encodings, strict=True)):
+        ids = encoding.ids[:R]
+        ids_UR[row, : len(ids)] = ids
+        lengths_U[row] = len(ids)
+        # A token that the border between chunk and continuation splits is the chunk's.
+        chunk_lengths_U[row] = sum(first < len(passage.text) for first, _ in encoding.offsets[:R])
+    return NeighborTokens(ids_UR, lengths_U, chunk_lengths_U)
+
+
+def collect(
+    work: Path,
+    out: Path,
+    tokenizer: Tokenizer,
+    store: ChunkStore,
+    config: DataConfig,
+    *,
+    make: Callable[[Iterable[NDArray[np.int64]]], Iterable[NeighborTokens]] | None = None,
+) -> dict[str, int]:
+    """Shards to the flat arrays of TrainingData, and the text of every neighbor to tokens.
+
+    Args:
+        work: The shards, by `write_tokens` and `write_rows`.
+        out: Folder of the training data.
+        tokenizer: The model's.
+        store: Of the index.
+        config: See DataConfig.
+        make: `neighbor_tokens` of blocks of rows, in order, where others than this process are to do it.
+
+    Returns:
+        Counts for the manifest.
+    """
 
     def shards(name: str) -> list[NDArray[Any]]:
         return [load_array(path) for path in sorted(work.glob(f"*.{name}.npy"))]
@@ -380,16 +448,13 @@ def _collect(work: Path, out: Path, tokenizer: Tokenizer, store: ChunkStore, con
     U, R = len(index_rows), config.neighbor_len
     ids_UR = np.zeros((U, R), _ids_type(tokenizer))
     lengths_U, chunk_lengths_U = np.zeros(U, np.int32), np.zeros(U, np.int32)
-    for start in range(0, U, 1024):
-        passages = [store.passage(int(row)) for row in index_rows[start : start + 1024]]
-        texts = [passage.full_text for passage in passages]
-        encodings = tokenizer.backend.encode_batch(texts, add_special_tokens=False)
-        for row, (passage, encoding) in enumerate(zip(passages, encodings, strict=True), start):
-            ids = encoding.ids[:R]
-            ids_UR[row, : len(ids)] = ids
-            lengths_U[row] = len(ids)
-            # A token that the border between chunk and continuation splits is the chunk's.
-            chunk_lengths_U[row] = sum(first < len(passage.text) for first, _ in encoding.offsets[:R])
+    blocks = (index_rows[start : start + _BLOCK] for start in range(0, U, _BLOCK))
+    found = make(blocks) if make is not None else (neighbor_tokens(store, b, tokenizer, R) for b in blocks)
+    start = 0
+    for part in found:
+        few = slice(start, start + len(part.lengths_U))
+        ids_UR[few], lengths_U[few], chunk_lengths_U[few] = part
+        start = few.stop
     save_array(near / "neighbor_ids.npy", ids_UR)
     save_array(near / "neighbor_lengths.npy", lengths_U)
     save_array(near / "neighbor_chunk_lengths.npy", chunk_lengths_U)
