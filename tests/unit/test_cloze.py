@@ -250,11 +250,12 @@ def test_a_fact_that_another_article_states_becomes_evidence_and_its_look_alike_
     assert asked.own not in dict(asked.candidates)
 
 
-def test_the_same_words_in_a_village_without_the_fact_are_no_evidence(tmp_path: Path) -> None:
-    """Three hundred villages had a fire: that two had it in one year says nothing of either."""
-    twin = Article("Twinville", "Elsewhere there was peace. In 1800 a great fire burned down the new bridge there.", 0)
-    made = questions(tmp_path, [*FILLER, twin])
-    assert not [answer for _, answer in made if answer == "1800"]
+def test_what_many_sentences_say_of_different_places_is_no_evidence(tmp_path: Path) -> None:
+    """Hundreds of villages had such a fire, in one of five years: that another had it in the same year is chance."""
+    villages = [Article("", f"In {1700 + n % 5} a great fire burned down the old mill there.", 0) for n in range(200)]
+    tale = "It is told that in 1702 a great fire burned down the old mill and the bakery of a poor widow there."
+    made = questions(tmp_path, [*FILLER, *villages, Article("", tale, 0)])
+    assert not [answer for _, answer in made if answer == "1702"]
 
 
 def test_a_sentence_without_its_subject_gets_the_title_in_front(tmp_path: Path) -> None:
