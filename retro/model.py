@@ -223,6 +223,9 @@ class Retro(nn.Module):
 
         Outputs of residual branches are divided by sqrt(2 * layers) besides; queries, keys and distances have at most 0.02, so that
         attention begins nearly uniform. What a fixed 0.02 for everything costs at the widths used here: docs/decisions.md.
+
+        Where tokens have one table and CCA's value and output matrices are square, these two begin as each other's inverse, so that
+        CCA hands on what it attends to, as it is: copying need not be found out (docs/decisions.md).
         """
         for name, parameter in self.named_parameters():
             initialize_parameter(
@@ -231,6 +234,16 @@ class Retro(nn.Module):
                 self.config.encoder_layers if name.startswith("encoder.") else self.config.num_layers,
                 generator,
             )
+        for layer in self.layers:
+            cca: Any = layer.cca
+            if (
+                cca is not None
+                and self.config.tie_embeddings
+                and cca.v.weight.shape == (self.config.dim, self.config.dim)
+            ):
+                nn.init.orthogonal_(cca.v.weight, generator=generator)
+                with torch.no_grad():
+                    cca.out.weight.copy_(cca.v.weight.t())
         return self
 
     def forward(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import cross_entropy
 
-from retro.attention import CausalMask, attend, causal_within
+from retro.attention import CausalMask, Places, attend, causal_within
 from retro.cca import Neighborhood
 from retro.config import PRESETS, ModelConfig
 from retro.model import LOGITS_PER_PART, Retro
@@ -650,6 +650,22 @@ def test_initialization_draws_the_documented_deviations() -> None:
         tolerance = 5 / (2 * weight.numel()) ** 0.5
         assert float(weight.detach().std()) == pytest.approx(deviation, rel=tolerance), name
         assert abs(float(weight.detach().mean())) < 5 * deviation / weight.numel() ** 0.5, name
+
+
+def test_cca_begins_by_handing_on_what_it_attends_to() -> None:
+    config = tiny_config(vocab_size=500, dim=64, encoder_dim=64, num_heads=4, head_dim=16, tie_embeddings=True)
+    model = Retro(config).initialize(torch.Generator().manual_seed(0))
+    for number, layer in enumerate(model.layers, 1):
+        cca: Any = layer.cca
+        assert (cca is not None) == (number in config.cca_layers)
+        if cca is not None:
+            torch.testing.assert_close(cca.out.weight @ cca.v.weight, torch.eye(64), rtol=0, atol=1e-5)
+            # Attention to one key alone: its content comes out.
+            context_BSD = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(1))
+            keys, values = cca.keys_values(context_BSD, Places.range(0, 1, cca, context_BSD))
+            query = cca.queries(torch.randn(1, 3, 64), Places.range(0, 3, cca, context_BSD))
+            y_BTD = cca.merge(attend(query, keys, values, torch.ones(1, 1, 1, 1, dtype=torch.bool)))
+            torch.testing.assert_close(y_BTD, context_BSD.expand(1, 3, 64), rtol=0, atol=1e-5)
 
 
 def test_initialization_repeats_with_the_same_generator_and_differs_with_another() -> None:
