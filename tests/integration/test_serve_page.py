@@ -157,7 +157,7 @@ def running(start: Start) -> Iterator[Running]:
         yield one
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     # Not the browser's own waiting for an expression: the page's policy forbids to evaluate one in it.
     end = time.monotonic() + seconds
     while not condition():
@@ -188,7 +188,7 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
         )
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(60_000)  # of machines that do much else
         page.on("pageerror", lambda error: failures.append(str(error)))
         page.on("dialog", lambda dialog: failures.append(dialog.message))
         # Refused styles and scripts are told here; so are replies that are errors, which tests provoke.

@@ -302,6 +302,7 @@ async function start() {
     showProblem(byId("connection"), error, start);
     return;
   }
+  byId("panels").hidden = false; // not before it is known what can be asked
   for (const form of ["ask", "search"]) {
     byId(`${form}-k`).max = server.retro.max_k;
     byId(`${form}-k`).value = server.retro.default_k || Math.min(10, server.retro.max_k);
@@ -348,6 +349,7 @@ byId("mode").addEventListener("change", greyOut);
 byId("again").addEventListener("click", () => {
   selectTab(tabs[0]);
   byId("question").value = lastAsked;
+  fit(byId("question"));
   byId("question").focus();
   askNow();
 });
