@@ -8,7 +8,7 @@ all its words is evidence where it also shares enough of the rest that both spea
 ln(N / sentences with the word); of a name only the rarest word counts in full, for its words come together. It must hold that
 
 - two words or names besides the answer are shared, among them the rarest name (else the rarest word), which is what the
-  sentence is about,
+  sentence is about, and a word that is no name, which is what it says of it,
 - what is shared weighs at least `COVERAGE` of all but the blank,
 - so much would be shared by chance, were words independent, by less than exp(-MARGIN) sentences of the corpus.
 """
@@ -300,6 +300,8 @@ class _Matching:
         weight_T = shared_TX @ weight_X
         fits_T: NDArray[np.bool_] = holds_T & shared_TX[:, about] & ~self._same_T[few]
         fits_T &= (shared_TX & counts_X).sum(axis=1) >= 2
+        # Names alone are shared by any two lists of them.
+        fits_T &= (shared_TX & (counts_X & ~queries.name_SX[row])).any(axis=1)
         fits_T &= (weight_T >= COVERAGE * weight_X.sum()) & (weight_T + answer >= self._chance)
         if not fits_T.any():
             return None

@@ -258,6 +258,17 @@ def test_what_many_sentences_say_of_different_places_is_no_evidence(tmp_path: Pa
     assert not [answer for _, answer in made if answer == "1702"]
 
 
+def test_two_lists_of_the_same_names_are_no_evidence_for_each_other(tmp_path: Path) -> None:
+    """Enumerations share rare names and say different things of them."""
+    made = {}
+    for said in ("border", "elsewhere"):
+        gods = Article("", "Long ago Vesta, Pomona, Faunus and Silvanus shared a border.", 0)
+        told = f"Travellers mention Silvanus, Pomona, Vesta and Faunus {said} among many strange idols."
+        made[said] = {answer for _, answer in questions(tmp_path / said, [*FILLER, gods, Article("", told, 0)])}
+    assert made["border"] & {"Vesta", "Pomona", "Faunus", "Silvanus"}  # one word is said of them in both
+    assert not made["elsewhere"]
+
+
 def test_a_sentence_without_its_subject_gets_the_title_in_front(tmp_path: Path) -> None:
     person = Article(
         "Maurice Koechlin (engineer)", "He designed the slender iron Eiffel Tower for the fair of Paris.", 0
