@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
 from retro.serve.config import Key, ServeConfig
@@ -24,7 +25,9 @@ from retro.serve.schemas import (
     AskReply,
     AskRequest,
     ChangesReply,
+    ChatReply,
     ChatRequest,
+    CompletionReply,
     CompletionRequest,
     ModelList,
     ModelOut,
@@ -33,6 +36,7 @@ from retro.serve.schemas import (
     RemoveRequest,
     SearchReply,
     SearchRequest,
+    State,
 )
 from retro.serve.service import Service, passages_out
 from retro.serve.stream import EventStream, GoneError, timed, while_connected
@@ -47,12 +51,32 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         401: "A key is needed.",
         403: "The key does not allow this.",
         404: "There is no such thing.",
+        408: "The request did not come in time.",
         413: "The request is too long.",
         429: "Too much is waiting; try again later.",
         503: "The server is being stopped, or not ready.",
         504: "It took too long.",
+        "default": "Any other error.",
     }.items()
 }
+
+
+_METRICS = {
+    **ERRORS,
+    200: {"description": "In its text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+}
+
+
+def _described(reply: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """Replies of a route that may also answer by server-sent events."""
+    texts = {name: {"type": "string"} for name in ("event", "data")}
+    event = {
+        "type": "object",
+        "properties": texts,
+        "required": ["data"],
+        "description": "Each one, where `stream` is true.",
+    }
+    return {**ERRORS, 200: {"model": reply, "content": {"text/event-stream": {"schema": event}}}}
 
 
 def make_app(service: Service) -> FastAPI:
@@ -71,6 +95,7 @@ def make_app(service: Service) -> FastAPI:
         root_path=config.root_path,
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # to an address that the client makes up in its Host header
         lifespan=lifespan,
     )
     app.state.service = service
@@ -217,12 +242,12 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
             return await _streamed(service, request, count, begin, None)
         return await _answered(service, request, service.decoding, count, whole)
 
-    @app.post("/v1/completions", tags=["OpenAI"], responses=ERRORS)
+    @app.post("/v1/completions", tags=["OpenAI"], responses=_described(CompletionReply))
     async def completions(request: Request, body: CompletionRequest, key: User) -> Response:
         """Continue a text; passages are looked up at every chunk border."""
         return await generated(request, body, key, service.plan_completion)
 
-    @app.post("/v1/chat/completions", tags=["OpenAI"], responses=ERRORS)
+    @app.post("/v1/chat/completions", tags=["OpenAI"], responses=_described(ChatReply))
     async def chat_completions(request: Request, body: ChatRequest, key: User) -> Response:
         """Answer messages; passages are looked up for the last one of the user."""
         return await generated(request, body, key, service.plan_chat)
@@ -263,7 +288,7 @@ def _first(first: str, names: list[str]) -> list[str]:
 
 
 def _add_own_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/ask", tags=["RETRO"], responses={**ERRORS, 200: {"model": AskReply}})
+    @app.post("/v1/ask", tags=["RETRO"], responses=_described(AskReply))
     async def ask(request: Request, body: AskRequest, key: User) -> Response:
         """Answer a question from passages, and say from where the answer comes."""
         if service.config.log_prompts:
@@ -343,19 +368,26 @@ def _changes(done: Any, keys: list[str], documents: int) -> dict[str, Any]:
 
 
 def _add_state_routes(app: FastAPI, service: Service) -> None:
-    @app.get("/healthz", tags=["State"])
-    async def healthz() -> JSONResponse:
+    @app.get(
+        "/healthz",
+        tags=["State"],
+        response_model=State,
+        responses={500: {"model": State, "description": "It does not."}},
+    )
+    async def healthz() -> Response:
         """Whether the process works; if not, start it anew."""
         alive = service.engine.is_alive
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 500)
 
-    @app.get("/readyz", tags=["State"])
-    async def readyz() -> JSONResponse:
+    @app.get(
+        "/readyz", tags=["State"], response_model=State, responses={503: {"model": State, "description": "Not now."}}
+    )
+    async def readyz() -> Response:
         """Whether requests should be sent here."""
         ready = service.engine.is_alive and not service.is_stopping
         return JSONResponse({"status": "ready" if ready else "stopping"}, 200 if ready else 503)
 
-    @app.get("/metrics", tags=["State"], responses=ERRORS)
+    @app.get("/metrics", tags=["State"], response_class=Response, responses=_METRICS)
     async def metrics(_: User) -> Response:
         """Counters and times for Prometheus."""
         return PlainTextResponse(service.metrics.exposition(), media_type=CONTENT_TYPE)

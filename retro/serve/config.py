@@ -36,6 +36,8 @@ class ServeConfig:
     """Sequences that are decoded together."""
     max_queue: int = 256
     """Sequences, and likewise searches, that may wait; beyond it requests are refused with 429."""
+    max_connections: int = 1000
+    """Of clients at once; those that are slow or silent are ended, see `retro.serve.connections`."""
     timeout_s: float = 120.0
     """From a request's arrival to its last byte."""
     grace_s: float = 30.0
@@ -54,7 +56,8 @@ class ServeConfig:
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_concurrency", "max_body_bytes", "max_context", "max_tokens", "max_choices", "max_documents"):
+        positive = ("max_concurrency", "max_connections", "max_body_bytes", "max_context", "max_tokens", "max_choices")
+        for name in (*positive, "max_documents"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: give at least 1")
         for name in ("max_queue", "max_passages", "num_passages", "port"):

@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 from index_builder.build import config_of
 from index_builder.filters import Filter
 from index_builder.live import Changes, add_documents, remove_documents
-from index_builder.search import METHODS, IndexRetriever, Method
+from index_builder.search import METHODS, IndexRetriever, Method, Snapshot
 from retro.chunks import Passage
 from retro.errors import ConfigError, CorpusError
 from retro.generate import Role
 from retro.serve.engine import call_soon
+from retro.serve.masks import Masks
 from retro.serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -93,9 +94,14 @@ class Library:
         self._pending_lock = threading.Lock()
         self._searcher = ThreadPoolExecutor(1, thread_name_prefix="search")
         self._changer = ThreadPoolExecutor(1, thread_name_prefix="change")
+        self._filterer = ThreadPoolExecutor(1, thread_name_prefix="filter")
+        self._masks = Masks()
+        self._is_closing = False
 
     def close(self) -> None:
         """Ends the threads; a change that has begun is finished."""
+        self._is_closing = True
+        self._filterer.shutdown(cancel_futures=True)
         self._searcher.shutdown(cancel_futures=True)
         self._changer.shutdown(cancel_futures=True)
 
@@ -115,17 +121,15 @@ class Library:
         if any(not query.strip() for query in queries):
             raise ConfigError("the query is empty: ask something")
         k, method, where = question
+        retriever, now = self._present()
+        k = min(k, now.store.num_live_chunks)
+        if k == 0:
+            return [[] for _ in queries]
+        keep_N = self._masks.rows(now, where)
         with self._search_lock:
-            retriever = self._retriever
-            now = retriever.snapshot()
-            self._note(now.manifest)
-            k = min(k, now.store.num_live_chunks)
-            if k == 0:
-                return [[] for _ in queries]
             began = time.perf_counter()
             vectors_QX = None if method == "bm25" else retriever.encoder.encode(queries, role)
             encoded = time.perf_counter()
-            keep_N = now.rows_where(where)
             scores_QK, rows_QK = now.find(queries, vectors_QX, k, method=method, keep_N=keep_N)
             found = [
                 [now.store.passage(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0]
@@ -135,6 +139,31 @@ class Library:
                 self._metrics.encoding.observe(encoded - began)
             self._metrics.searching.observe(time.perf_counter() - encoded)
         return found
+
+    def _present(self) -> tuple[IndexRetriever, Snapshot]:
+        with self._search_lock:
+            retriever = self._retriever
+            now = retriever.snapshot()
+            self._note(now.manifest)
+        return retriever, now
+
+    async def prepare(self, where: Filter | None) -> None:
+        """Evaluates a filter that is not known yet, so that no search has to wait for it.
+
+        Raises:
+            ConfigError: It takes too long.
+        """
+        if where is None or self._masks.knows(where):
+            return
+        gone = threading.Event()
+
+        def evaluate() -> None:
+            self._masks.rows(self._present()[1], where, is_wanted=lambda: not (gone.is_set() or self._is_closing))
+
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._filterer, evaluate)
+        finally:
+            gone.set()
 
     def narrowed(self, *conditions: Filter | None) -> Filter | None:
         """The library's own condition and these, all at once."""
@@ -150,8 +179,9 @@ class Library:
         Raises:
             ConfigError: As `find`.
         """
-        done: asyncio.Future[list[Passage]] = asyncio.get_running_loop().create_future()
         began = time.perf_counter()
+        await self.prepare(question.where)
+        done: asyncio.Future[list[Passage]] = asyncio.get_running_loop().create_future()
         with self._pending_lock:
             self._pending.setdefault(question, []).append((query, done))
         self._searcher.submit(self._search_pending)

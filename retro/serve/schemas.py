@@ -152,6 +152,118 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class PassageOut(BaseModel):
+    """A passage of a document."""
+
+    number: Annotated[int, Field(description="From 1, best first.")]
+    score: float
+    key: Annotated[str, Field(description="Of its document.")]
+    title: str
+    url: str
+    text: Annotated[str, Field(description="A chunk of the document and what follows it.")]
+    continuation: Annotated[str, Field(description="The part of `text` that follows the chunk.")]
+    metadata: dict[str, Any]
+    share: Annotated[float | None, Field(description="Of the model's attention while it answered.")] = None
+    span: Annotated[
+        list[int] | None, Field(description="First and end character of `text` that the answer was taken from.")
+    ] = None
+
+
+class PassageRead(PassageOut):
+    """A passage that a continuation read."""
+
+    choice: Annotated[int | None, Field(description="Which choice read it; in completions.")] = None
+    chunk: Annotated[int | None, Field(description="From which of its chunks on.")] = None
+
+
+class RetroOut(BaseModel):
+    """What OpenAI's API does not have: what was read."""
+
+    k: int
+    retriever: str
+    passages: list[PassageRead]
+
+
+class CompletionLogProbs(BaseModel):
+    """Natural logarithms of probabilities of tokens."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """One continuation."""
+
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"]
+    logprobs: CompletionLogProbs | None
+
+
+class CompletionReply(BaseModel):
+    """As OpenAI's, and what was read."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+    retro: RetroOut
+
+
+class ChatLogProb(BaseModel):
+    """A token and its probability."""
+
+    token: str
+    logprob: float
+    bytes: Annotated[list[int] | None, Field(description="Of a token of whole characters.")]
+
+
+class ChatToken(ChatLogProb):
+    """A token of an answer, and what else was probable there."""
+
+    top_logprobs: list[ChatLogProb]
+
+
+class ChatLogProbs(BaseModel):
+    """Natural logarithms of probabilities of tokens."""
+
+    content: list[ChatToken]
+    refusal: None
+
+
+class ChatMessage(BaseModel):
+    """An answer."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: ChatMessage
+    finish_reason: Literal["stop", "length"]
+    logprobs: ChatLogProbs | None
+
+
+class ChatReply(BaseModel):
+    """As OpenAI's, and what was read."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    retro: RetroOut
+
+
 # --- our own ------------------------------------------------------------------------------------------------------
 
 
@@ -176,23 +288,6 @@ class AskRequest(Body):
         bool, Field(description="Server-sent events: `passages`, then `token`s, then `done`, or `error`.")
     ] = False
     attribution: Annotated[bool, Field(description="Say which passages the answer drew on.")] = True
-
-
-class PassageOut(BaseModel):
-    """A passage of a document."""
-
-    number: Annotated[int, Field(description="From 1, best first.")]
-    score: float
-    key: Annotated[str, Field(description="Of its document.")]
-    title: str
-    url: str
-    text: Annotated[str, Field(description="A chunk of the document and what follows it.")]
-    continuation: Annotated[str, Field(description="The part of `text` that follows the chunk.")]
-    metadata: dict[str, Any]
-    share: Annotated[float | None, Field(description="Of the model's attention while it answered.")] = None
-    span: Annotated[
-        list[int] | None, Field(description="First and end character of `text` that the answer was taken from.")
-    ] = None
 
 
 class SearchReply(BaseModel):
@@ -309,3 +404,9 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelOut]
+
+
+class State(BaseModel):
+    """How the server is."""
+
+    status: Literal["ok", "failed", "ready", "stopping"]

@@ -1,7 +1,9 @@
 """Runs the server: the port, signals, and an end that lets running requests finish."""
 
 import asyncio
+import contextlib
 import logging
+import resource
 import signal
 import socket
 import time
@@ -14,6 +16,7 @@ import uvicorn
 from retro.errors import ConfigError
 from retro.serve.app import make_app
 from retro.serve.config import Keys, ServeConfig, check_exposure
+from retro.serve.connections import Connection, check_all
 from retro.serve.library import Library
 from retro.serve.metrics import Metrics
 from retro.serve.service import Model, Service
@@ -22,6 +25,8 @@ logger = logging.getLogger(__name__)
 DRAIN_S = 0.5
 """How long a server that is being stopped still refuses new requests by 503, once nothing runs: whoever sends it requests learns
 of it."""
+OPEN_FILES = 1 << 16
+"""That the process may have at once, where the system lets it."""
 
 
 class Server(uvicorn.Server):
@@ -40,6 +45,8 @@ class Server(uvicorn.Server):
                 timeout_keep_alive=15,
                 proxy_headers=False,
                 ws="none",
+                http=Connection,
+                limit_concurrency=service.config.max_connections + 1,  # uvicorn refuses the one that reaches it
             )
         )
         self._service = service
@@ -67,6 +74,8 @@ class Server(uvicorn.Server):
             self._idle_since = (self._idle_since or now) if self._service.is_idle else None
             if now >= self._stop_at or (self._idle_since is not None and now - self._idle_since >= DRAIN_S):
                 self.should_exit = True
+        if counter % 10 == 0:
+            check_all(self.server_state.connections, asyncio.get_running_loop().time())
         return await super().on_tick(counter)
 
 
@@ -94,6 +103,7 @@ def serve(
         FormatError, MismatchError: The model or the index cannot be opened.
     """
     check_exposure(config, keys)
+    _allow_files(config.max_connections)
     listener = _listen(config.host, config.port)
     with listener:
         metrics = Metrics()
@@ -108,6 +118,19 @@ def serve(
         if on_start is not None:
             on_start(server, port)
         asyncio.run(server.serve(sockets=[listener]))
+
+
+def _allow_files(num_connections: int) -> None:
+    """Raises this process's own limit of open files, as far as it may: every connection is one, and so is every memory map."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < num_connections:
+        logger.warning(
+            "Of %d connections only %d can be open at once: raise the limit of files", num_connections, allowed
+        )
 
 
 def _listen(host: str, port: int) -> socket.socket:

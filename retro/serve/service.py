@@ -186,6 +186,7 @@ class Service:
         max_tokens = self._max_tokens(body.max_tokens, COMPLETION_TOKENS, max(map(len, prompts)))
         retriever = None
         if search.k and self.library is not None:
+            await self.library.prepare(search.where)
             retriever = Bound(self.library, search.method, search.where)
         settings = GenerateConfig(
             max_new_tokens=max_tokens,
@@ -243,7 +244,8 @@ class Service:
 
     def _in_context(self, k: int) -> int:
         """Tokens that passages may take in the prompt, where the model wants some of them there (RETRO++)."""
-        return min(k, self.model.network.context_passages) * NEIGHBOR_LEN
+        most: int = self.model.network.context_passages
+        return min(k, most) * NEIGHBOR_LEN
 
     def _check_choices(self, count: int) -> None:
         if count > self.config.max_choices:

@@ -1,7 +1,6 @@
 """The server as its users meet it: a real one on a free port, asked by OpenAI's own client, by httpx and by bare sockets."""
 
 import concurrent.futures
-import contextlib
 import itertools
 import json
 import math
@@ -13,9 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +20,8 @@ import builders
 import httpx
 import openai
 import pytest
-import torch
-from builders import toy_model_config
 from commands import command, refused
+from servers import ADMIN, OTHER, USER, Running, Start, starting, talkative_model, wait_until
 
 from index_builder.live import add_documents
 from index_builder.search import IndexRetriever
@@ -35,120 +31,20 @@ from retro.chat import chat_prompt
 from retro.checkpoint import load_model, save_model
 from retro.config import GenerateConfig
 from retro.generate import Prompt, generate, prompt_ids
-from retro.model import Retro
-from retro.serve.config import Keys, ServeConfig
-from retro.serve.server import Server, serve
 from retro.tokenizer import Tokenizer
 
 one_thread = pytest.fixture(autouse=True)(builders.one_thread)
-USER, OTHER, ADMIN = "user-key-0123456789", "other-key-0123456789", "admin-key-0123456789"
 QUESTION = "When did the 1973 oil crisis begin?"
-
-
-@dataclass(frozen=True)
-class Running:
-    """A server that runs in a thread of this process."""
-
-    url: str
-    server: Server
-    index: Path
-    clients: dict[str, openai.OpenAI] = field(default_factory=dict)
-
-    @property
-    def service(self) -> Any:
-        return self.server._service
-
-    def openai(self, key: str = USER) -> openai.OpenAI:
-        if key not in self.clients:
-            self.clients[key] = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
-        return self.clients[key]
-
-    def http(self, key: str | None = USER) -> httpx.Client:
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
 
 
 @pytest.fixture(scope="module")
 def model_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights, large enough that passages change what is said; it never says EOS."""
-    tokenizer = Tokenizer.load(str(tokenizer_folder))
-    model = Retro(
-        toy_model_config(vocab_size=tokenizer.vocab_size, dim=32, num_layers=3, cca_layers=(2, 3), tie_embeddings=False)
-    )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.5 / parameter.shape[1] ** 0.5, generator=generator)
-        assert model.head is not None
-        model.head.weight[tokenizer.eos_id] = 0.0
-    folder = tmp_path_factory.mktemp("serve") / "toy.model"
-    save_model(folder, model, tokenizer)
-    return folder
-
-
-Start = Callable[..., contextlib.AbstractContextManager[Running]]
+    return talkative_model(tmp_path_factory.mktemp("serve") / "toy.model", tokenizer_folder)
 
 
 @pytest.fixture(scope="module")
 def start(model_folder: Path, tiny_index: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """Starts a server of its own for a test, with a copy of the index that may be changed."""
-
-    @contextlib.contextmanager
-    def started(
-        *,
-        keys: bool = True,
-        others: dict[str, Path] | None = None,
-        index: bool = True,
-        model: Path = model_folder,
-        **settings: Any,
-    ) -> Iterator[Running]:
-        folder = tmp_path_factory.mktemp("served")
-        copied = folder / "wiki.index"
-        shutil.copytree(tiny_index, copied)
-        (folder / "keys").write_text(f'# users\n{USER}\n{OTHER} title = "1973_oil_crisis"\n'.replace("_", " "))
-        (folder / "admin").write_text(ADMIN + "\n")
-        read = Keys.read(key_file=folder / "keys", admin_file=folder / "admin") if keys else Keys.read()
-        began: list[tuple[Server, int]] = []
-        ready = threading.Event()
-
-        def on_start(server: Server, port: int) -> None:
-            began.append((server, port))
-            ready.set()
-
-        failed: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                indexes = ({"wiki": copied} | (others or {})) if index else {}
-                values: dict[str, Any] = {"port": 0, "model_name": "toy", **settings}
-                config = ServeConfig(**values)
-                serve(model, indexes, config, read, on_start=on_start)
-            except BaseException as error:
-                failed.append(error)
-            finally:
-                ready.set()
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        ready.wait()
-        if failed:
-            raise failed[0]
-        server, port = began[0]
-        url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: server.started or not thread.is_alive())
-        one = Running(url, server, copied)
-        try:
-            yield one
-        finally:
-            for client in one.clients.values():
-                client.close()
-            server.should_exit = True
-            thread.join(timeout=30)
-            assert not thread.is_alive()
-            assert failed == []
-
-    return started
+    return starting(model_folder, tiny_index, lambda: tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +52,6 @@ def running(start: Start) -> Iterator[Running]:
     """A server whose index no test changes."""
     with start() as one:
         yield one
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.005)
 
 
 def retro_of(reply: Any) -> dict[str, Any]:
