@@ -9,6 +9,7 @@ import logging
 import math
 import mmap
 import struct
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from retro.artifact import sync_folder, write_atomically
+from retro.artifact import storage_error, sync_folder, write_atomically
 from retro.errors import ConfigError, DependencyError, FormatError
 
 logger = logging.getLogger(__name__)
@@ -34,14 +35,24 @@ PART_ROWS = 262_144
 """Rows that are added in one go, where there are not very many lists: bounds memory."""
 ROWS_PER_LIST = 16
 """Rows of a part for each list at least: every part holds all centroids."""
+DRAWN_BY_SHUFFLE = 1 << 26
+"""Rows up to which the sample is drawn by shuffling all their numbers."""
 FREE_LIMIT = 8 << 30
 """Bytes that an index takes where nobody says otherwise."""
 RAM_COPY = 2 << 30
 """Bytes up to which vectors that are searched exactly are held as float32; beyond, they are read for every search."""
 MARGIN = 16
 """Candidates of inverted lists beyond those wanted, because scores in float32 may swap neighbors."""
+PART_BYTES = 400 << 20
+"""Bytes of the lists of such a part at most; while they grow, FAISS holds up to twice as much."""
 BLOCK_ROWS = 32_768
 """Rows that are compared at once in exact search."""
+BLOCK_BYTES = 128 << 20
+"""Bytes of the vectors that are read at once at most."""
+OPQ_BYTES = 128 << 20
+"""Bytes of the vectors that a rotation is learned from at most: FAISS holds five copies."""
+MIN_OPQ = 10_000
+"""Such vectors at least: 39 for each of 256 codes."""
 BATCH = 256
 """Queries that are compared at once in exact search."""
 MANY = 1 << 16
@@ -81,6 +92,7 @@ class Vectors:
     def blocks(self, first: int = 0, end: int | None = None, max_rows: int = 65_536) -> Iterator[tuple[int, Floats]]:
         """The vectors of rows [first, end) in order, in blocks with their first row; what was read does not stay in memory."""
         end = len(self) if end is None else end
+        max_rows = _rows_in(BLOCK_BYTES, 4 * self.dim, most=max_rows)
         while first < end:
             stop = min(first + max_rows, end)
             low = int(np.searchsorted(self._first, first, side="right")) - 1
@@ -102,6 +114,11 @@ def _forget(shard: NDArray[Any]) -> None:
     mapped = getattr(shard, "_mmap", None)
     if mapped is not None and hasattr(mapped, "madvise"):
         mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _rows_in(num_bytes: int, per_row: float, *, most: int) -> int:
+    """Rows that so many bytes hold: one at least, and no more than `most`."""
+    return max(1, min(most, int(num_bytes / max(per_row, 1))))
 
 
 # --- which index ----------------------------------------------------------------------------------------------------
@@ -193,7 +210,7 @@ def _planned(factory: str, reason: str, num_vectors: int, dim: int) -> IndexPlan
         reason=reason,
         bytes_per_vector=per_vector,
         memory_bytes=int(per_vector * num_vectors) + fixed,
-        part_rows=max(PART_ROWS, ROWS_PER_LIST * lists),
+        part_rows=_rows_in(PART_BYTES, per_vector, most=max(PART_ROWS, ROWS_PER_LIST * lists)),
     )
 
 
@@ -224,7 +241,7 @@ def train(path: Path, vectors: Vectors, plan: IndexPlan, *, normalized: bool, se
     if not index.is_trained:
         lists = 1 if ivf is None else ivf.nlist
         size = min(len(vectors), max(lists * TRAIN_PER_LIST, MIN_TRAIN))
-        sample_NX = _sample(vectors, size, seed)
+        sample_NX = _sample(vectors, size, seed, path.parent)
         if ivf is not None:
             ivf.cp.seed = 1234 + seed
             if _gpus(device) and hasattr(faiss, "StandardGpuResources"):
@@ -232,7 +249,7 @@ def train(path: Path, vectors: Vectors, plan: IndexPlan, *, normalized: bool, se
                 estimate_gpu_memory(size * ivf.d * 4, device, what="training the index")
                 ivf.clustering_index = _on_gpus(flat, _gpus(device))
         try:
-            index.train(sample_NX)
+            _fit(index, sample_NX, path.parent)
         except RuntimeError as error:
             raise ConfigError(
                 f"{len(vectors):,} vectors are too few for the index type {plan.factory!r}: take a smaller one or auto"
@@ -242,15 +259,61 @@ def train(path: Path, vectors: Vectors, plan: IndexPlan, *, normalized: bool, se
     _write(index, path)
 
 
-def _sample(vectors: Vectors, size: int, seed: int) -> Floats:
-    """A uniform random sample of rows, in row order."""
-    rows = np.sort(np.random.default_rng(seed).choice(len(vectors), size, replace=False))
-    sample_NX = np.empty((size, vectors.dim), np.float32)
-    for first in range(0, size, 65_536):
-        sample_NX[first : first + 65_536] = vectors.gather(rows[first : first + 65_536])
+def _sample(vectors: Vectors, size: int, seed: int, beside: Path) -> Floats:
+    """A uniform random sample of rows, in row order, in a file that is memory-mapped."""
+    rows = _draw(len(vectors), size, seed)
+    sample_NX = _array_on_disk((size, vectors.dim), beside)
+    step = _rows_in(BLOCK_BYTES, 4 * vectors.dim, most=65_536)
+    for first in range(0, size, step):
+        sample_NX[first : first + step] = vectors.gather(rows[first : first + step])
     for shard in vectors._shards:
         _forget(shard)
     return sample_NX
+
+
+def _draw(n: int, size: int, seed: int) -> Rows:
+    """Different numbers below n, ascending."""
+    random = np.random.default_rng(seed)
+    if n <= DRAWN_BY_SHUFFLE or size > n // 2:
+        return np.sort(random.choice(n, size, replace=False))
+    drawn = np.empty(0, np.int64)  # `choice` may hold 8 bytes for each of the n
+    while len(drawn) < size:
+        drawn = np.union1d(drawn, random.integers(n, size=size))
+    return drawn[np.sort(random.choice(len(drawn), size, replace=False))]
+
+
+def _array_on_disk(shape: tuple[int, int], beside: Path) -> Floats:
+    """Room for vectors in a file that is memory-mapped and has no name: nothing is left of it, however this process ends."""
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=beside) as file:
+            left = 4 * shape[0] * shape[1]
+            while left > 0:  # written, because a full disk would kill a process that writes to a map
+                left -= file.write(bytes(min(left, 1 << 20)))
+            file.flush()
+            return np.asarray(np.memmap(file, np.float32, mode="r+", shape=shape))
+    except OSError as error:
+        raise storage_error(beside / TRAINED, error) from error
+
+
+def _fit(index: Any, sample_NX: Floats, beside: Path) -> None:
+    """Does what the index's own `train` does, which holds a turned copy of the whole sample in memory."""
+    faiss = _faiss()
+    if not isinstance(index, faiss.IndexPreTransform):
+        index.train(sample_NX)
+        return
+    for number in range(index.chain.size()):
+        turn = faiss.downcast_VectorTransform(index.chain.at(number))
+        if isinstance(turn, faiss.OPQMatrix):
+            most = _rows_in(OPQ_BYTES, 4 * turn.d_in, most=turn.max_train_points)
+            turn.max_train_points = max(MIN_OPQ, most)
+        if not turn.is_trained:
+            turn.train(sample_NX)
+        turned_NX = _array_on_disk((len(sample_NX), turn.d_out), beside)
+        turn.apply_noalloc(len(sample_NX), faiss.swig_ptr(sample_NX), faiss.swig_ptr(turned_NX))
+        sample_NX = turned_NX
+    _fit(faiss.downcast_index(index.index), sample_NX, beside)
+    index.is_trained = True
 
 
 def add_part(
@@ -283,34 +346,80 @@ def merge_parts(trained: Path, parts: Sequence[Path], out: Path) -> None:
         sync_folder(out.parent)
         return
     faiss = _faiss()
-    index, opened = _read(trained), [_read(part, mapped=True) for part in parts]
-    lists = [_ivf(part).invlists for part in opened]
-    nlist, code_size = lists[0].nlist, lists[0].code_size
-    sizes = np.array([[part.list_size(i) for i in range(nlist)] for part in lists], np.uint64)
-    index.ntotal = _ivf(index).ntotal = int(sizes.sum())
-    head = faiss.serialize_index(index).tobytes()
+    index = _read(trained)
+    num_lists, code_size = int(_ivf(index).nlist), int(_ivf(index).code_size)
     # The lists stand last: "ilar", their number, bytes of a code, how sizes are given (none here: sparse), and no size.
-    known = struct.pack("<4sQQ4sQ", b"ilar", nlist, code_size, b"sprs", 0)
-    if not head.endswith(known):
+    empty = struct.pack(_LISTS, b"ilar", num_lists, code_size, b"sprs", 0)
+    head_bytes = len(faiss.serialize_index(index)) - len(empty)
+    opened = [_ListsOfPart(part, head_bytes, num_lists, code_size) for part in parts]
+    sizes_L = np.sum([part.sizes_L for part in opened], axis=0, dtype=np.uint64)
+    index.ntotal = _ivf(index).ntotal = int(sizes_L.sum())
+    head = faiss.serialize_index(index).tobytes()
+    if not head.endswith(empty):
         raise FormatError(
             f"this release of FAISS ({faiss.__version__}) writes inverted lists in a format that is not known here"
         )
 
     def write(file: BinaryIO) -> None:
-        file.write(head[: -len(known)])
-        file.write(struct.pack("<4sQQ4sQ", b"ilar", nlist, code_size, b"full", nlist))
-        file.write(sizes.sum(axis=0).astype("<u8").tobytes())
-        for i in range(nlist):
-            for part, size in zip(lists, sizes[:, i].tolist(), strict=True):
-                if size:
-                    file.write(faiss.rev_swig_ptr(part.get_codes(i), size * code_size).data)
-            for part, size in zip(lists, sizes[:, i].tolist(), strict=True):
-                if size:
-                    file.write(faiss.rev_swig_ptr(part.get_ids(i), size).data)
+        file.write(head[:head_bytes])
+        file.write(struct.pack(_LISTS, b"ilar", num_lists, code_size, b"full", num_lists))
+        file.write(sizes_L.astype("<u8").tobytes())
+        for number in range(num_lists):
+            pieces = [part.take(number) for part in opened]
+            for codes, _ in pieces:
+                file.write(codes.data)
+            for _, rows in pieces:
+                file.write(rows.data)
 
     write_atomically(out, write)
     if _read(out, mapped=True).ntotal != index.ntotal:
         raise FormatError(f"{out} cannot be read back by this release of FAISS ({faiss.__version__})")
+
+
+_LISTS = "<4sQQ4sQ"
+
+
+class _ListsOfPart:
+    """The inverted lists in the file of a part, taken from the first to the last. FAISS would hold the centroids of every part.
+
+    Raises:
+        FormatError: The file is missing or damaged.
+    """
+
+    def __init__(self, path: Path, head_bytes: int, num_lists: int, code_size: int) -> None:
+        damaged = FormatError(f"{path} is no FAISS index or is damaged: build it again (--overwrite)")
+        try:
+            self._content = np.memmap(path, np.uint8, mode="r")
+        except FileNotFoundError as error:
+            raise FormatError(f"{path} is missing: build the index again (--overwrite)") from error
+        except (OSError, ValueError) as error:
+            raise damaged from error
+        self._code_size = code_size
+        self._place = head_bytes + struct.calcsize(_LISTS)
+        if len(self._content) < self._place:
+            raise damaged
+        magic, *counts, kind, length = struct.unpack_from(_LISTS, self._content[head_bytes : self._place].data)
+        wanted = num_lists if kind == b"full" else 2 * num_lists
+        if magic != b"ilar" or counts != [num_lists, code_size] or kind not in (b"full", b"sprs") or length > wanted:
+            raise damaged
+        sizes = np.asarray(self._content[self._place : self._place + 8 * length]).view("<u8")
+        self._place += 8 * length
+        self.sizes_L: NDArray[np.uint64] = sizes
+        if kind == b"sprs":  # pairs of a list and its size
+            self.sizes_L = np.zeros(num_lists, np.uint64)
+            self.sizes_L[sizes[::2].astype(np.int64)] = sizes[1::2]
+        if len(self._content) != self._place + int(self.sizes_L.sum()) * (code_size + 8):
+            raise damaged
+
+    def take(self, number: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Codes and row numbers of the next list, as they stand."""
+        if number % 1024 == 0:
+            _forget(self._content)
+        size = int(self.sizes_L[number])
+        middle = self._place + size * self._code_size
+        codes, rows = self._content[self._place : middle], self._content[middle : middle + 8 * size]
+        self._place = middle + 8 * size
+        return codes, rows
 
 
 def _make(factory: str, dim: int, metric: str) -> Any:

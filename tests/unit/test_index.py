@@ -2,7 +2,9 @@
 
 import logging
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from index_builder.index import (
     TRAINED,
     VectorIndex,
     Vectors,
+    _draw,
     _gpus,
     _sample,
     add_part,
@@ -29,7 +32,7 @@ from index_builder.index import (
     train,
     tune,
 )
-from retro.errors import ConfigError, FormatError
+from retro.errors import ConfigError, FormatError, StorageError
 
 Stored = NDArray[np.float16]
 Floats = NDArray[np.float32]
@@ -592,6 +595,83 @@ def test_training_twice_gives_the_same_bytes(tmp_path: Path, normalized: bool) -
     assert trained.metric_type == (faiss.METRIC_INNER_PRODUCT if normalized else faiss.METRIC_L2)
 
 
+@METRICS
+@pytest.mark.parametrize("factory", ["IVF8,SQ8", "PCA16,IVF8,PQ8x4", TURNED])
+def test_training_through_files_gives_what_faiss_itself_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str, normalized: bool
+) -> None:
+    monkeypatch.setattr(vector_index, "BLOCK_BYTES", 64 * 24 * 4)  # 64 rows: the sample is gathered in several blocks
+    vectors_NX = make_vectors(500, 24, normalized=normalized)
+    plan = plan_index(500, 24, factory)
+    train(tmp_path / "trained", in_shards(vectors_NX), plan, normalized=normalized, seed=5)
+    theirs = faiss.index_factory(24, factory, faiss.METRIC_INNER_PRODUCT if normalized else faiss.METRIC_L2)
+    faiss.extract_index_ivf(theirs).cp.seed = 1234 + 5
+    theirs.train(vectors_NX.astype(np.float32))
+    assert (tmp_path / "trained").read_bytes() == faiss.serialize_index(theirs).tobytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["trained"]  # nothing is left of the sample
+
+
+def test_a_sample_for_which_there_is_no_room_says_so(
+    tmp_path: Path, file_limit: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    vectors = in_shards(make_vectors(500, 24))
+    with file_limit(10_000), pytest.raises(StorageError, match=r"the disk is full .* cannot write .*trained\.faiss"):
+        train(tmp_path / TRAINED, vectors, plan_index(500, 24, "IVF8,SQ8"), normalized=False, seed=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rotation_of_wide_vectors_is_learned_from_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 300 vectors of 24 numbers of 4 bytes are allowed: a training of FAISS on no more has the same result.
+    monkeypatch.setattr(vector_index, "OPQ_BYTES", 300 * 24 * 4)
+    monkeypatch.setattr(vector_index, "MIN_OPQ", 100)
+    vectors_NX = make_vectors(500, 24)
+    train(tmp_path / "few", in_shards(vectors_NX), plan_index(500, 24, TURNED), normalized=False, seed=0)
+    rotations = []
+    for most in (300, 500):
+        opq = faiss.OPQMatrix(24, 4, 16)
+        opq.max_train_points = most
+        opq.train(vectors_NX.astype(np.float32))
+        rotations.append(faiss.vector_to_array(opq.A))
+    index: Any = faiss.read_index(str(tmp_path / "few"))
+    found: Any = faiss.downcast_VectorTransform(index.chain.at(0))
+    np.testing.assert_array_equal(faiss.vector_to_array(found.A), rotations[0])
+    assert not np.array_equal(rotations[0], rotations[1])
+
+
+@pytest.mark.parametrize("factory", APPROXIMATE)
+def test_lists_of_merged_parts_are_those_of_adding_everything_at_once(tmp_path: Path, factory: str) -> None:
+    # The second part has one row, so that FAISS writes the sizes of its lists sparsely; the third has none.
+    vectors_NX = make_vectors(300, 24)
+    vectors, plan = in_shards(vectors_NX), plan_index(300, 24, factory)
+    train(tmp_path / "trained", vectors, plan, normalized=False, seed=0)
+    borders = [0, 150, 151, 151, 300]
+    parts = [tmp_path / f"part{number}" for number in range(4)]
+    for part, first, end in zip(parts, borders, borders[1:], strict=False):
+        add_part(tmp_path / "trained", vectors, first, end, part)
+    merge_parts(tmp_path / "trained", parts, tmp_path / "merged")
+    expected = faiss.read_index(str(tmp_path / "trained"))
+    expected.add_with_ids(vectors_NX.astype(np.float32), np.arange(300))
+    assert (tmp_path / "merged").read_bytes() == faiss.serialize_index(expected).tobytes()
+
+
+def test_parts_of_wide_vectors_have_fewer_rows() -> None:
+    def part(dim: int, factory: str = "IVF1024,Flat") -> int:
+        return plan_index(10_000_000, dim, factory).part_rows
+
+    assert part(384) == 262_144
+    assert part(1024) == (400 << 20) // (4 * 1024 + 8)
+    assert part(768, "IVF65536_HNSW32,SQ8") == (400 << 20) // (768 + 8)
+    assert part(384, "OPQ96_384,IVF65536_HNSW32,PQ96") == 16 * 65_536
+
+
+def test_blocks_of_wide_vectors_have_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vector_index, "BLOCK_BYTES", 5 * 4 * 3)
+    vectors_NX = make_vectors(12, 3)
+    blocks = list(in_shards(vectors_NX).blocks())
+    assert [(first, len(block)) for first, block in blocks] == [(0, 5), (5, 5), (10, 2)]
+    np.testing.assert_array_equal(np.concatenate([block for _, block in blocks]), vectors_NX.astype(np.float32))
+
+
 def test_an_index_is_trained_on_rows_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Four clusters, one in each quarter of the rows; 64 lists take 4,096 of 40,000, and the first of them would be one cluster.
     monkeypatch.setattr(vector_index, "MIN_TRAIN", 1)
@@ -607,13 +687,13 @@ def test_an_index_is_trained_on_rows_from_everywhere(tmp_path: Path, monkeypatch
     assert min(per_corner) >= 8
 
 
-def test_the_training_sample_is_seeded_uniform_and_in_the_order_of_rows() -> None:
+def test_the_training_sample_is_seeded_uniform_and_in_the_order_of_rows(tmp_path: Path) -> None:
     # Two numbers tell the row, which float16 could not hold in one.
     n = 100_000
     vectors = Vectors(np.split(np.stack(np.divmod(np.arange(n), 1000), axis=1).astype(np.float16), [30_001, 30_001]))
 
     def rows(size: int, seed: int) -> Rows:
-        drawn = _sample(vectors, size, seed).astype(np.int64)
+        drawn = _sample(vectors, size, seed, tmp_path).astype(np.int64)
         return drawn[:, 0] * 1000 + drawn[:, 1]
 
     drawn = rows(70_000, 7)  # more than are gathered in one go
@@ -624,6 +704,19 @@ def test_the_training_sample_is_seeded_uniform_and_in_the_order_of_rows() -> Non
     assert (np.abs(np.bincount(few // 10_000, minlength=10) - 100) < 40).all()
     assert rows(1000, 8).tolist() != few.tolist()
     assert rows(n, 0).tolist() == list(range(n))
+
+
+@pytest.mark.parametrize(("n", "size"), [(1000, 300), (1000, 700), (1000, 1000), (1_000_000, 20_000)])
+def test_numbers_of_very_many_rows_are_drawn_alike(monkeypatch: pytest.MonkeyPatch, n: int, size: int) -> None:
+    monkeypatch.setattr(vector_index, "DRAWN_BY_SHUFFLE", 0)
+    drawn = _draw(n, size, 7)
+    assert (len(drawn), drawn.dtype.name) == (size, "int64")
+    assert (np.diff(drawn) > 0).all()
+    assert 0 <= drawn[0] <= drawn[-1] < n
+    np.testing.assert_array_equal(drawn, _draw(n, size, 7))
+    # Each number is as probable as any other: the share of the lower half is that of all, to five standard deviations.
+    lower = sum(int((_draw(n, size, seed) < n // 2).sum()) for seed in range(20))
+    assert abs(lower - 10 * size) <= 5 * np.sqrt(20 * size * (n - size) / n / 4)
 
 
 def test_too_few_vectors_to_train_are_refused(tmp_path: Path) -> None:
