@@ -14,8 +14,8 @@ minutes are over is saved; the same command goes on with it.
 cloze ends with its gates: exact match with all passages at least 0.60, with those of other questions at most 0.05. questions does
 not begin where they failed (--anyway does).
 
-check: bits per byte of held-out documents for the two models: all tokens, and those that can see neighbors (these at the bytes of an
-average token), with 95% intervals (paired bootstrap over sequences).
+check: bits per byte of held-out documents for the two models: all tokens, and those that can see neighbors (these at the bytes of
+an average token), with 95% intervals (paired bootstrap over sequences).
 
 Results go to --out (default $OUT) as STAGE.json, with the lines of metrics.jsonl; weights are sent by gpu_transfer.py. `--set
 train.KEY=VALUE` changes a recipe. `--device cpu --preset tiny --steps 3` rehearses all of it.
@@ -149,7 +149,7 @@ def run_stage(stage: Stage, began: float) -> dict[str, Any]:
         if not interrupted:
             raise
         finished = False
-    lines = read_lines(stage.out / METRICS)
+    lines = list(read_lines(stage.out / METRICS))
     report: dict[str, Any] = {"stage": stage.name, "finished": finished, **plan, "settings": config_to_dict(config)}
     if finished:
         figures = read_json(stage.out / "config.json")["training"]

@@ -244,7 +244,7 @@ def _write_queries(
 
 
 def encode_all(plan: Plan, encoder: Encoder, say: Say) -> dict[str, Any]:
-    """Vectors, float16, of all chunks of the index and of all queries."""
+    """Vectors of all chunks of the index, float16 as an index has them, and of all queries, float32."""
     store = _open_store(plan)
     pending: list[tuple[Path, Callable[[], list[str]]]] = []
     for n, name in enumerate(store.shards):
@@ -260,10 +260,11 @@ def encode_all(plan: Plan, encoder: Encoder, say: Say) -> dict[str, Any]:
 
     def flush() -> None:
         nonlocal count, texts, waiting
-        vectors_QX = encoder.encode(texts, "document").astype(np.float16)
+        vectors_QX = encoder.encode(texts, "document")
         start = 0
         for path, size in waiting:
-            save_array(path, vectors_QX[start : start + size])
+            kind = np.float16 if path.parent.name == "vectors" else np.float32
+            save_array(path, vectors_QX[start : start + size].astype(kind))
             start += size
         count += len(texts)
         say(f"encode: {count:,} texts, {count / (time.perf_counter() - began):,.0f}/s")
@@ -311,7 +312,7 @@ def search_block(queries_QX: Tensor, keys_NX: Tensor, bans: Bans, first_row: int
     """The best rows of some queries by inner product, the lower one first where scores are equal.
 
     Args:
-        queries_QX: On the device and in the type of the keys.
+        queries_QX: In float32, on the device of the keys.
         keys_NX: Of all rows.
         bans: Rows that some queries may not have.
         first_row: Only rows from here on are found.
@@ -324,9 +325,10 @@ def search_block(queries_QX: Tensor, keys_NX: Tensor, bans: Bans, first_row: int
     best_QW = torch.full((Q, WANTED), -torch.inf, device=keys_NX.device, dtype=keys_NX.dtype)
     rows_QW = torch.full((Q, WANTED), -1, device=keys_NX.device)
     inside = torch.arange(GROUP, device=keys_NX.device)
+    rounded_QX = queries_QX.to(keys_NX.dtype)
     for first in range(first_row, N, KEY_BLOCK):
         end = min(first + KEY_BLOCK, N)
-        scores_QB = queries_QX @ keys_NX[first:end].T
+        scores_QB = rounded_QX @ keys_NX[first:end].T
         for a, b, c, d in bans:
             if c < end and d > first:
                 scores_QB[a:b, max(c - first, 0) : d - first] = -torch.inf
@@ -341,7 +343,7 @@ def search_block(queries_QX: Tensor, keys_NX: Tensor, bans: Bans, first_row: int
         rows_QW = torch.cat([rows_QW, column_QC], dim=1).gather(1, place_QW)
     rows_QW = rows_QW.masked_fill(best_QW.isneginf(), N).sort(dim=1).values
     held_QW = rows_QW < N
-    exact_QW = torch.einsum("qx,qwx->qw", queries_QX.float(), keys_NX[rows_QW.clamp_max(N - 1)].float())
+    exact_QW = torch.einsum("qx,qwx->qw", queries_QX, keys_NX[rows_QW.clamp_max(N - 1)].float())
     scores_QW, order_QW = exact_QW.masked_fill(~held_QW, -torch.inf).sort(dim=1, descending=True, stable=True)
     rows_QW = rows_QW.gather(1, order_QW).masked_fill(scores_QW.isneginf(), -1)
     return scores_QW[:, :kept], rows_QW[:, :kept]
@@ -369,7 +371,7 @@ def search_all(plan: Plan, say: Say) -> dict[str, Any]:
         for path in _shards(plan.work(name)):
             places_Q, owners_Q = load_array(path.with_suffix(".places.npy"))
             document_Q = owners_Q + int(store.first_document[shard_of[f"{number}-{path.stem}"]])
-            queries_QX = torch.from_numpy(np.array(load_array(path.with_suffix(".vectors.npy")))).to(plan.device, kind)
+            queries_QX = torch.from_numpy(np.array(load_array(path.with_suffix(".vectors.npy")))).to(plan.device)
             chunks = read_json(path)["chunks"]
             rows_NK = np.full((chunks, KEPT), -1, np.int32)
             scores_NK = np.full((chunks, KEPT), np.nan, np.float32)

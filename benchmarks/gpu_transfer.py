@@ -259,12 +259,21 @@ class _Joined(io.RawIOBase):
             count = int(self._file.readinto(buffer))
             if count:
                 return count
+            self.close_file()
+
+    def close_file(self) -> None:
+        """Closes the one that is being read."""
+        if self._file is not None:
             self._file.close()
             self._file = None
 
+    def close(self) -> None:
+        self.close_file()
+        super().close()
+
 
 def _unpack(pieces: Sequence[Path], store: Path) -> None:
-    with tarfile.open(fileobj=io.BufferedReader(_Joined(pieces), MIB), mode="r|") as tar:
+    with io.BufferedReader(_Joined(pieces), MIB) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
         for member in tar:
             source = tar.extractfile(member)
             name = member.name.removesuffix(PACKED)
