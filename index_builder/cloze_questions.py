@@ -23,7 +23,7 @@ from retro.chunks import SPLITS, load_array
 from retro.tokenizer import Tokenizer
 
 BLANK = "_"
-"""What stands for the answer: two tokens of any byte-level BPE, and hardly ever found in prose."""
+"""What stands for the answer: at most two tokens of a byte-level BPE, its space included. No sentence with one is asked about."""
 PER_SENTENCE = 3
 """Questions that a sentence may become."""
 MAX_EVIDENCE = 4

