@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from index_builder.config import DEFAULT_ENCODER
 from index_builder.openvino_backend import PRECISIONS, Network
-from retro.errors import ConfigError, DependencyError, FormatError
+from retro.errors import ConfigError, DependencyError, FormatError, MismatchError
 from retro.generate import Role
 from retro.tokenizer import Tokenizer
 
@@ -212,7 +212,16 @@ class Encoder:
         backend: str = "torch",
         trust_remote_code: bool = False,
     ) -> "Encoder":
-        """Opens the encoder of a manifest with the settings it had; `name` says where it lies now, if not where it was."""
+        """Opens the encoder of a manifest with the settings it had; `name` says where it lies now, if not where it was.
+
+        Raises:
+            MismatchError: An older version wrote the manifest, which does not say them.
+        """
+        if missing := {"name", "revision", "options"} - description.keys():
+            raise MismatchError(
+                f"an older version made this index: its manifest does not say the encoder's {', '.join(sorted(missing))}. "
+                "Build it again"
+            )
         return cls.open(
             name or description["name"],
             revision=description["revision"],

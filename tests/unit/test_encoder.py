@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from index_builder.encoder import DEFAULT_WEIGHTS_SHA256, NO_LIMIT, SLICE_TEXTS, Encoder, resolve_dtype
-from retro.errors import ConfigError, DependencyError
+from retro.errors import ConfigError, DependencyError, MismatchError
 from retro.generate import Role
 
 # In bfloat16 vectors are compared with one another only; what other code computes is compared in float32.
@@ -1009,3 +1009,8 @@ def test_the_own_tokenizer_counts_without_special_tokens(tiny: Encoder) -> None:
     assert set(ids) & {tokenizer.bos_id, tokenizer.eos_id} == set()
     assert tokenizer.encode("the OIL").ids.tolist() == ids[:2]
     assert len(tokenizer.encode("oil " * 1000).ids) == 1000
+
+
+def test_the_description_of_an_older_version_is_refused() -> None:
+    with pytest.raises(MismatchError, match="does not say the encoder's options"):
+        Encoder.reopen({"name": "x", "revision": None})
