@@ -130,7 +130,9 @@ def build_questions(
 def _find(
     asked: Sequence[_Asked], parts: Path, retriever: IndexRetriever, config: QuestionConfig, progress: Progress | None
 ) -> None:
-    corpora = {key.partition(":")[0] for _, key in retriever.store.numbered_keys()} if any(a.gold for a in asked) else set()
+    corpora = (
+        {key.partition(":")[0] for _, key in retriever.store.numbered_keys()} if any(a.gold for a in asked) else set()
+    )
     for first in range(0, len(asked), BLOCK):
         path = parts / f"{first // BLOCK:06d}.json"
         few = asked[first : first + BLOCK]
