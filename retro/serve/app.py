@@ -44,23 +44,19 @@ from retro.serve.stream import EventStream, GoneError, timed, while_connected
 logger = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
 PAGE_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text}
-    for status, text in {
-        400: "The request cannot be answered.",
-        401: "A key is needed.",
-        403: "The key does not allow this.",
-        404: "There is no such thing.",
-        408: "The request did not come in time.",
-        413: "The request is too long.",
-        429: "Too much is waiting; try again later.",
-        503: "The server is being stopped, or not ready.",
-        504: "It took too long.",
-        "default": "Any other error.",
-    }.items()
+_REASONS: dict[int | str, str] = {
+    400: "The request cannot be answered.",
+    401: "A key is needed.",
+    403: "The key does not allow this.",
+    404: "There is no such thing.",
+    408: "The request did not come in time.",
+    413: "The request is too long.",
+    429: "Too much is waiting; try again later.",
+    503: "The server is being stopped, or not ready.",
+    504: "It took too long.",
+    "default": "Any other error.",
 }
-
-
+ERRORS = {status: {"model": ErrorBody, "description": reason} for status, reason in _REASONS.items()}
 _METRICS = {
     **ERRORS,
     200: {"description": "In its text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
@@ -92,7 +88,6 @@ def make_app(service: Service) -> FastAPI:
         title="retro-lm",
         description="A language model that reads passages of an index: OpenAI's API, questions with sources, the live index.",
         version=_version(),
-        root_path=config.root_path,
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,  # to an address that the client makes up in its Host header

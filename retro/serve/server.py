@@ -37,6 +37,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                root_path=service.config.root_path,
                 log_config=None,
                 access_log=False,
                 server_header=False,

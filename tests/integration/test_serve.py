@@ -860,3 +860,11 @@ def test_confidence_is_a_mean_of_probabilities(running: Running) -> None:
         reply = client.post("/v1/ask", json={"question": QUESTION, "k": 2, "max_tokens": 5}).json()
     mean = sum(token["log_prob"] for token in reply["tokens"]) / 5
     assert reply["confidence"] == pytest.approx(math.exp(mean), abs=1e-4)
+
+
+def test_behind_a_proxy_that_takes_a_prefix_away_the_description_names_it(start: Start) -> None:
+    with start(root_path="/retro", index=False) as running, running.http() as client:
+        assert client.get("/healthz").status_code == 200
+        assert client.get("/v1/models").status_code == 200
+        assert client.get("/").status_code == 200
+        assert [server["url"] for server in client.get("/openapi.json").json()["servers"]] == ["/retro"]
