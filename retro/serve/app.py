@@ -57,7 +57,7 @@ _REASONS: dict[int | str, str] = {
     "default": "Any other error.",
 }
 ERRORS = {status: {"model": ErrorBody, "description": reason} for status, reason in _REASONS.items()}
-_METRICS = {
+_METRICS: dict[int | str, dict[str, Any]] = {
     **ERRORS,
     200: {"description": "In its text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
 }

@@ -40,6 +40,8 @@ CHAT_TOKENS = 256
 """Of an answer where a request does not say."""
 COMPLETION_TOKENS = 16
 """As OpenAI's."""
+LEAST = 1e-4
+"""Of temperature and top_p, besides a temperature of 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -404,9 +406,11 @@ def passages_out(passages: Sequence[Passage], explained: Explanation | None = No
 
 
 def _sampling(body: Generating) -> dict[str, Any]:
+    temperature = 1.0 if body.temperature is None else float(body.temperature)
     return {
-        "temperature": 1.0 if body.temperature is None else float(body.temperature),
-        "top_p": 1.0 if body.top_p is None else float(body.top_p),
+        # Nearer to 0 they are no numbers of the network's any more; what they ask for is greedy.
+        "temperature": temperature if temperature >= LEAST else 0.0,
+        "top_p": 1.0 if body.top_p is None else max(float(body.top_p), LEAST),
         "top_k": body.top_k or 0,
         "seed": secrets.randbits(62) if body.seed is None else body.seed % 2**63,
     }
