@@ -1,6 +1,6 @@
 """The bundled model on a GPU machine: pretraining, its baseline, cloze questions, questions; each one command within its minutes.
 
-    python benchmarks/gpu_answers.py pretrain /tmp/retro --minutes 8 --check core.held_out.data
+    python benchmarks/gpu_answers.py pretrain /tmp/retro --minutes 8
     python benchmarks/gpu_answers.py baseline /tmp/retro --minutes 8
     python benchmarks/gpu_answers.py check /tmp/retro --data core.held_out.data
     python benchmarks/gpu_answers.py cloze /tmp/retro --minutes 8 --replay replay.data
@@ -20,19 +20,31 @@ an average token), with 95% intervals (paired bootstrap over sequences).
 Results go to --out (default $OUT) as STAGE.json, with the lines of metrics.jsonl; weights are sent by gpu_transfer.py. `--set
 train.KEY=VALUE` changes a recipe. `--device cpu --preset tiny --steps 3` rehearses all of it.
 
-THE LEASES (pieces by gpu_transfer.py, which prints which `carry` goes with which command):
+THE LEASES, each line one command there, all with `export PYTHONPATH=. PYTHONUNBUFFERED=1` in front. Pieces are made here before, by
+gpu_transfer.py pack, and `carry` names one of them in each of the first commands; "receive" is
 
-A  pack .gpu simple.jsonl.xz=.. core.jsonl.xz=.. small.tok=.. minilm=.gpu-made/minilm near.npy=.gpu-made/near.npy     (4 pieces)
-   1-3  receive                                                                       1 minute each at most
-   4    receive; gpu_corpus.py make                                                   4 to 6 minutes
-   5    pretrain, check; send small.model --weights int8                              9 minutes
-   6    baseline, check; send core.neighbors.npy                                      5 minutes
-   7-9  send small.model --weights bfloat16 (2 groups), replay.data                   2 minutes
-B  pack .gpu cloze.questions=.. wiki.questions=.. squad.questions=.. small.model=.. replay.data=..              (5 to 6 pieces)
+    python3 benchmarks/gpu_transfer.py receive .gpu /tmp/retro
+
+A  here: gpu_corpus.py prepare; pack .gpu simple.jsonl.xz=.. core.jsonl.xz=.. small.tok=.. minilm=.gpu-made/minilm
+   near.npy=.gpu-made/near.npy: 180 MiB, 4 pieces
+   1-3  receive                                                                                     1 minute each at most
+   4    receive && gpu_corpus.py make /tmp/retro --corpora simple core --held-out core              4 to 6 minutes
+   5    gpu_answers.py pretrain /tmp/retro --minutes 8;
+        gpu_transfer.py send /tmp/retro/small.model --weights int8                                  9 minutes at most
+   6    gpu_answers.py baseline /tmp/retro --minutes 5 --check core.held_out.data;
+        gpu_transfer.py send /tmp/retro/core.neighbors.npy                                          6 minutes at most
+   7    gpu_transfer.py send /tmp/retro/small.model --weights bfloat16, and --group 1 in one more   1 minute
+   8    gpu_transfer.py send /tmp/retro/replay.data, and with what is left simple.neighbors.npy     1 minute
+B  here: pack .gpu cloze.questions=.. wiki.questions=.. squad.questions=.. small.model=.. replay.data=..: by the number of cloze
+   questions 4 to 6 pieces
    1-5  receive
-   6    receive; cloze                                                                9 minutes
-   7    questions; send small_qa.model --weights int8                                 9 minutes
-   8    send small_qa.model --weights bfloat16 (2 groups)
+   6    receive && gpu_answers.py cloze /tmp/retro --minutes 8 --replay replay.data                 9 minutes
+   7    gpu_answers.py questions /tmp/retro --minutes 8;
+        gpu_transfer.py send /tmp/retro/small_qa.model --weights int8                               9 minutes
+   8    gpu_transfer.py send /tmp/retro/small_qa.model --weights bfloat16, and --group 1            1 minute
+
+The minutes are estimates (a quarter of the peak for training). Where the tables, NAME.neighbors.npy, are carried in another lease,
+nothing is encoded or searched, and of minilm only tokenizer.json is needed.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Files to a lent GPU machine and back: in pieces that a command may carry, put together outside the working tree.
 
-    echo /.gpu/ >> .git/info/exclude
+    echo "/.gpu*/" >> "$(git rev-parse --git-path info/exclude)"
     python benchmarks/gpu_transfer.py pack .gpu simple.jsonl.xz=PATH core.jsonl.xz=PATH small.tok=FOLDER ...   (here)
 
         pieces .gpu/0, .gpu/1, ... of at most 56 MiB, and a plan: one command for each piece, which names it in `carry`
@@ -45,7 +45,8 @@ SENT, GROUP = 15, 4
 PLAN = "plan.json"
 PACKED = ".packed.xz"
 """Suffix, inside the pieces, of what was compressed for the way."""
-_COMPRESSED = (".xz", ".gz", ".zst", ".png")
+_COMPRESSED = (".xz", ".gz", ".zst", ".safetensors")
+"""Smaller already, or hardly to be made so: weights are nearly random."""
 
 
 class _Pieces(io.RawIOBase):

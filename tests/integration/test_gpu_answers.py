@@ -180,14 +180,13 @@ def test_the_tokens_that_see_neighbors_are_those_of_the_definition() -> None:
 
 
 def write_corpora(paragraphs: list[dict[str, Any]], folder: Path) -> dict[str, Path]:
-    """Two corpora; a document of the second is nearly one of the first."""
+    """Two corpora; the second holds all documents of the first with a few more words."""
     splits = ["train", "train", "valid", "train", "test"]
     rows = [
         {"id": str(n), "title": p["title"], "text": p["text"], "split": splits[n % 5]} for n, p in enumerate(paragraphs)
     ]
     first, second = rows[:20], rows[20:]
-    longest = max(first, key=lambda row: len(row["text"]))
-    second.append({"id": "copy", "title": "Copy", "text": longest["text"] + " It ends.", "split": "train"})
+    second += [{**row, "id": f"copy {row['id']}", "text": row["text"] + " It ends."} for row in first]
     paths = {}
     for name, some in (("simple", first), ("core", second)):
         paths[name] = folder / f"{name}.jsonl"
@@ -286,7 +285,9 @@ def test_training_data_made_without_faiss_is_that_of_the_commands(
             np.testing.assert_allclose(found.scores, wanted.scores, atol=1e-3)
     report = json.loads((out / "corpus.json").read_text())
     assert report["encoder"]["smallest_cosine_with_float32"] > 0.999
-    assert len(np.load(store / "near.npy")) == 2
+    assert sorted(np.load(store / "near.npy").tolist()) == sorted(
+        [n, m] for a in range(20) for n, m in ((a, 40 + a), (40 + a, a))
+    )
 
 
 @pytest.mark.slow
