@@ -65,8 +65,9 @@ class LexicalIndex:
         num_rows: N.
     """
 
-    def __init__(self, language: str, parts: Sequence["_Part"]) -> None:
-        self._language = language
+    def __init__(self, statistics: "_Statistics", parts: Sequence["_Part"]) -> None:
+        self._statistics = statistics
+        self._language = statistics.language
         self._parts = parts
         self._first_rows = list(accumulate((part.num_rows for part in parts), initial=0))
         self.num_rows = self._first_rows[-1]
@@ -154,8 +155,8 @@ class LexicalIndex:
         Raises:
             FormatError: A part or the statistics are missing or damaged.
         """
-        language = _Statistics.load(folder).language
-        return cls(language, [_Part(_Postings.open(folder / (name + SCORED), np.float32)) for name in parts])
+        statistics = _Statistics.load(folder)
+        return cls(statistics, [_Part(_Postings.open(folder / (name + SCORED), np.float32)) for name in parts])
 
     @staticmethod
     def files(folder: Path, parts: Sequence[str]) -> list[Path]:
@@ -228,6 +229,42 @@ class LexicalIndex:
                 here_K = here_QK[query]
                 scores_QK[query, here_K] = part.score(numbers[query], rows_QK[query, here_K] - first)
         return scores_QK
+
+    def overlap(self, queries: Sequence[str], rows_QKR: Int64s) -> NDArray[np.float32]:
+        """How much of each query stands in passages, whatever their length and however often.
+
+        A word weighs what it does in BM25, ln(1 + (N - df + 0.5) / (df + 0.5)); one that no row has weighs nothing.
+
+        Args:
+            queries: Texts.
+            rows_QKR: The R rows that each passage consists of; -1 for none.
+
+        Returns:
+            The sum of the weights of the words that stand in one of the rows, divided by the root of the sum of all the query's
+            [Q, K]: the product of a vector of the query, which has length 1, and one of the passage, both of the roots of
+            weights. So long queries do not outweigh other evidence.
+
+        Source: the sum is that of Robertson and Sparck Jones 1976 where no relevant rows are known; the root is ours.
+        """
+        words_T, lengths_Q = _query_words(queries, self._language)
+        query_T = np.repeat(np.arange(len(lengths_Q)), lengths_Q)
+        known_T = np.zeros(len(words_T), np.bool_)
+        found_TK = np.zeros((len(words_T), rows_QKR.shape[1]), np.bool_)
+        for first, part in zip(self._first_rows, self._parts, strict=False):
+            at_T = _positions(part.postings.words_W, words_T)
+            known_T |= at_T >= 0
+            # Rows of other parts are moved beside this one's, where no word stands.
+            local_QKR = np.clip(rows_QKR - first, -1, part.num_rows).astype(np.int32)
+            here_Q = np.any((local_QKR >= 0) & (local_QKR < part.num_rows), axis=(1, 2))
+            for token in np.flatnonzero((at_T >= 0) & here_Q[query_T]).tolist():
+                found_KR, _ = part.postings.look_up(at_T[token], local_QKR[query_T[token]])
+                found_TK[token] |= np.any(found_KR, axis=1)
+        weight_T = self._statistics.weights(words_T) * known_T
+        overlap_QK = np.zeros(rows_QKR.shape[:2])
+        np.add.at(overlap_QK, query_T, weight_T[:, None] * found_TK)
+        total_Q = np.bincount(query_T, weight_T, len(queries))
+        overlap_QK /= np.sqrt(np.where(total_Q > 0, total_Q, 1))[:, None]
+        return overlap_QK.astype(np.float32)
 
 
 def fuse(rankings: Sequence[Found], k: int, constant: int = 60) -> Found:
@@ -382,6 +419,16 @@ class _Postings:
         """Rows with each word [W]."""
         return np.diff(self.starts)
 
+    def look_up(self, number: int, rows: NDArray[np.int32]) -> tuple[NDArray[np.bool_], NDArray[Any]]:
+        """Whether a word stands in rows of any shape, and its values there; where it does not, the values mean nothing.
+
+        The rows are int32: another type would have searchsorted convert all postings.
+        """
+        word = slice(self.starts[number], self.starts[number + 1])
+        rows_P = self.rows_P[word]
+        at = np.minimum(np.searchsorted(rows_P, rows), len(rows_P) - 1)
+        return rows_P[at] == rows, self.values_P[word][at]
+
     def write(self, path: Path) -> None:
         """One file: N, W and P in 64 bits each, then the arrays as they stand."""
         sizes = np.array([self.num_rows, len(self.words_W), len(self.rows_P)], np.int64)
@@ -493,13 +540,18 @@ class _Statistics:
             raise FormatError(f"{folder / WORDS} and {FREQUENCIES} do not fit together: build the BM25 index again")
         return cls(words_V=words_V, frequencies_V=frequencies_V, **record)
 
+    def weights(self, words: Words) -> NDArray[np.float32]:
+        """Of each word, ln(1 + (N - df + 0.5) / (df + 0.5)): the rarer, the larger."""
+        at = _positions(self.words_V, words)
+        df = np.zeros(len(at), np.int64)
+        df[at >= 0] = self.frequencies_V[at[at >= 0]]
+        # float32, as in bm25s.
+        weights: NDArray[np.float32] = np.log(1 + (self.rows - df + 0.5) / (df + 0.5)).astype(np.float32)
+        return weights
+
     def score(self, counts: _Postings) -> _Postings:
         """The same postings with scores in place of counts."""
-        at_W = _positions(self.words_V, counts.words_W)
-        df_W = np.zeros(len(at_W), np.int64)
-        df_W[at_W >= 0] = self.frequencies_V[at_W[at_W >= 0]]
-        # float32, as in bm25s.
-        idf_P = np.log(1 + (self.rows - df_W + 0.5) / (df_W + 0.5)).astype(np.float32).repeat(counts.frequencies)
+        idf_P = self.weights(counts.words_W).repeat(counts.frequencies)
         average = self.tokens / max(self.rows, 1) or 1.0
         damping_N = K1 * ((1 - B) + B * counts.lengths_N / average)
         scores_P = np.empty(len(idf_P), np.float32)
@@ -548,7 +600,7 @@ class _Part:
     def __init__(self, postings: _Postings) -> None:
         import bm25s
 
-        self._postings = postings
+        self.postings = postings
         self.num_rows = postings.num_rows
         self._bm25 = bm25s.BM25(method="lucene", k1=K1, b=B)
         # Scores for a few rows more, which have no postings and stay 0, so that they fill a table.
@@ -563,7 +615,7 @@ class _Part:
 
     def numbers(self, words_T: Words, lengths_Q: Int64s) -> list[NDArray[np.int32]]:
         """Numbers in this part of each query's words; those that it lacks are left out."""
-        at_T = _positions(self._postings.words_W, words_T).astype(np.int32)
+        at_T = _positions(self.postings.words_W, words_T).astype(np.int32)
         query_T = np.repeat(np.arange(len(lengths_Q)), lengths_Q)
         ends_Q = np.searchsorted(query_T[at_T >= 0], np.arange(len(lengths_Q)), side="right")
         return np.split(at_T[at_T >= 0], ends_Q)[:-1]
@@ -585,14 +637,11 @@ class _Part:
 
     def score(self, numbers: NDArray[np.int32], rows_K: Int64s) -> NDArray[np.float32]:
         """Scores of given rows, numbered in this part."""
-        # As int32: another type would have searchsorted convert all postings.
         wanted_K = rows_K.astype(np.int32)
         scores_K = np.zeros(len(wanted_K), np.float32)
-        for number in numbers:
-            word = slice(self._postings.starts[number], self._postings.starts[number + 1])
-            rows_P = self._postings.rows_P[word]
-            at_K = np.minimum(np.searchsorted(rows_P, wanted_K), len(rows_P) - 1)
-            scores_K += np.where(rows_P[at_K] == wanted_K, self._postings.values_P[word][at_K], np.float32(0))
+        for number in numbers.tolist():
+            found_K, values_K = self.postings.look_up(number, wanted_K)
+            scores_K += np.where(found_K, values_K, np.float32(0))
         return scores_K
 
 

@@ -50,26 +50,92 @@ def rows(retriever: IndexRetriever, k: int, **options: Any) -> list[list[int]]:
     return [[p.row for p in passages] for passages in retriever.retrieve(QUESTIONS, k, role="query", **options)]
 
 
-def test_hybrid_is_the_reciprocal_rank_fusion_of_both_rankings_with_continuations_last(index: Path) -> None:
-    store = opened(index, "dense").store
-    dense, words = rows(opened(index, "dense"), 100), rows(opened(index, "bm25"), 100)
-    for passages, by_meaning, by_words in zip(
-        opened(index, "hybrid").retrieve(QUESTIONS, 10, role="query"), dense, words, strict=True
-    ):
+def continuations_last(scores: dict[int, float], retriever: IndexRetriever, depth: int) -> dict[int, float]:
+    """The best rows with their scores, best first; those that continue a better one are lowered below all others."""
+    store = retriever.store
+    best = sorted(scores, key=lambda row: (-scores[row], row))[:depth]
+    drop = 1 + scores[best[0]] - scores[best[-1]]
+    lowered: dict[int, float] = {}
+    taken: list[int] = []
+    for row in best:
+        if row - 1 in taken and store.passage(row - 1).key == store.passage(row).key:
+            lowered[row] = scores[row] - drop
+        else:
+            taken.append(row)
+            lowered[row] = scores[row]
+    return {row: lowered[row] for row in sorted(lowered, key=lambda row: (-lowered[row], row))}
+
+
+def test_chunks_are_looked_up_by_the_reciprocal_rank_fusion_of_both_rankings_with_continuations_last(
+    index: Path,
+) -> None:
+    retriever = opened(index, "hybrid")
+    dense, words = (
+        [[p.row for p in passages] for passages in opened(index, method).retrieve(QUESTIONS, 100, role="document")]
+        for method in ("dense", "bm25")
+    )
+    found = retriever.retrieve(QUESTIONS, 10, role="document")
+    for passages, by_meaning, by_words in zip(found, dense, words, strict=True):
         shares: dict[int, list[float]] = {}
         for ranking in (by_meaning, by_words):
             for rank, row in enumerate(ranking, 1):
                 shares.setdefault(row, []).append(1 / (10 + rank))
-        scores = {row: sum(sorted(parts, reverse=True)) for row, parts in shares.items()}
-        taken: list[int] = []
-        for row in sorted(scores, key=lambda row: (-scores[row], row)):
-            if row - 1 in taken and store.passage(row - 1).key == store.passage(row).key:
-                scores[row] -= 1
-            else:
-                taken.append(row)
-        expected = sorted(scores, key=lambda row: (-scores[row], row))[:10]
-        assert [p.row for p in passages] == expected
-        np.testing.assert_allclose([p.score for p in passages], [scores[row] for row in expected], rtol=1e-6)
+        fused = {row: sum(sorted(parts, reverse=True)) for row, parts in shares.items()}
+        expected = list(continuations_last(fused, retriever, 100).items())[:10]
+        assert [p.row for p in passages] == [row for row, _ in expected]
+        np.testing.assert_allclose([p.score for p in passages], [score for _, score in expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize("where", [None, "number < 40"])
+def test_questions_are_looked_up_by_similarity_and_words_together(index: Path, where: str | None) -> None:
+    retriever = opened(index, "hybrid")
+    store, lexical = retriever.store, retriever.snapshot().lexical
+    assert lexical is not None
+    n = store.num_chunks
+    vectors_NX = np.concatenate([np.load(path) for path in sorted((index / "vectors").glob("*.npy"))]).astype(float)
+    random = np.random.default_rng(0)
+    first = random.integers(n, size=500)
+    second = (first + random.integers(1, n, size=500)) % n
+    first_PX = vectors_NX[first] / np.linalg.norm(vectors_NX[first], axis=1, keepdims=True)
+    unit = (first_PX * vectors_NX[second]).sum(axis=1).std()
+    queries_QX = retriever.encoder.encode(QUESTIONS, "query").astype(float)
+    by_meaning, by_words = (rows(opened(index, method), 100, where=where) for method in ("dense", "bm25"))
+    assert n > 120  # some rows are candidates of one ranking alone, some of none
+    found = retriever.retrieve(QUESTIONS, 10, role="query", where=where)
+    for q, question in enumerate(QUESTIONS):
+        scores: dict[int, float] = {}
+        for row in {*by_meaning[q], *by_words[q]}:
+            is_continued = row + 1 < n and store.passage(row + 1).key == store.passage(row).key
+            [[overlap]] = lexical.overlap([question], np.array([[[row, row + 1 if is_continued else -1]]])).tolist()
+            scores[row] = float(queries_QX[q] @ vectors_NX[row]) / unit + 1.75 * overlap
+        expected = list(continuations_last(scores, retriever, min(100, n)).items())[:10]
+        assert [p.row for p in found[q]] == [row for row, _ in expected]
+        np.testing.assert_allclose([p.score for p in found[q]], [score for _, score in expected], rtol=1e-5)
+
+
+def test_the_scale_of_similarities_does_not_change_what_hybrid_finds(
+    records: list[dict[str, Any]], tiny_encoder: Path, index: Path, tmp_path: Path
+) -> None:
+    texts = [record["text"] for record in records]
+    vectors = opened(index, "dense").encoder.encode(texts, "document").astype(np.float16)
+    found = []
+    for scale in (1, 4):
+        given = [{"text": text, "v": (scale * v).tolist()} for text, v in zip(texts, vectors, strict=True)]
+        corpus = write_corpus(tmp_path / f"{scale}.jsonl", given)
+        config = BuildConfig(encoder=str(tiny_encoder), read=ReadOptions(vectors_field="v"))
+        build_index([str(corpus)], tmp_path / f"{scale}.index", config)
+        passages = opened(tmp_path / f"{scale}.index", "hybrid").retrieve(QUESTIONS, 20, role="query")
+        found.append([[(p.row, p.score) for p in few] for few in passages])
+    assert found[0] == found[1]
+
+
+def test_hybrid_needs_no_second_passage_to_compare_with(
+    records: list[dict[str, Any]], tiny_encoder: Path, tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "wiki.jsonl", [{"text": "oil and rain"}])
+    build_index([str(corpus)], tmp_path / "x.index", BuildConfig(encoder=str(tiny_encoder)))
+    [[passage]] = opened(tmp_path / "x.index", "hybrid").retrieve(["oil"], 1, role="query")
+    assert passage.text == "oil and rain"
 
 
 def test_rerank_orders_the_best_by_meaning_by_their_words(index: Path) -> None:

@@ -195,6 +195,63 @@ def test_a_word_that_is_asked_twice_counts_twice(tmp_path: Path) -> None:
     assert twice[0] - once[0] == pytest.approx(all_scores(index, ["a"])[0, 0], rel=1e-6)
 
 
+def naive_overlap(
+    rows: Sequence[Sequence[str]], query: Sequence[str], passage: Sequence[int], counted: Sequence[Sequence[str]]
+) -> float:
+    """Weights of the query's words that stand in rows of a passage, over the root of those of all that any row has."""
+    found = total = 0.0
+    for word in query:
+        df = sum(word in row for row in counted)
+        weight = math.log(1 + (len(counted) - df + 0.5) / (df + 0.5))
+        total += weight * any(word in row for row in rows)
+        found += weight * any(word in rows[row] for row in passage if row >= 0)
+    return found / math.sqrt(total) if total else 0.0
+
+
+@given(
+    texts=st.lists(texts_of_few_words, max_size=30),
+    added=st.lists(texts_of_few_words, max_size=5),
+    queries=st.lists(texts_of_few_words, max_size=4),
+    sizes=st.lists(st.integers(0, 15), max_size=4),
+    data=st.data(),
+)
+@settings(max_examples=40)
+def test_overlap_is_the_weight_of_the_words_that_stand_in_any_row_of_a_passage(
+    texts: list[str], added: list[str], queries: list[str], sizes: list[int], data: st.DataObject
+) -> None:
+    queries = [*queries, "a a b", "a missing"]
+    row = st.integers(-1, len(texts) + len(added) - 1)
+    passages_QKR = data.draw(
+        st.lists(
+            st.lists(st.lists(row, min_size=2, max_size=2), min_size=5, max_size=5),
+            min_size=len(queries),
+            max_size=len(queries),
+        )
+    )
+    with TemporaryDirectory() as name:
+        folder = Path(name) / "lexical"
+        names = LexicalIndex.build(folder, in_shards(texts, *sizes), language="none", part_postings=1)
+        LexicalIndex.add_part(folder, "new", added)
+        overlap_QK = LexicalIndex.open(folder, [*names, "new"]).overlap(queries, np.array(passages_QKR, np.int64))
+    old = [text.split() for text in texts]
+    rows = [*old, *(text.split() for text in added)]
+    expected_QK = [
+        [naive_overlap(rows, query.split(), passage, old) for passage in passages_K]
+        for query, passages_K in zip(queries, passages_QKR, strict=True)
+    ]
+    assert overlap_QK.dtype == np.float32
+    np.testing.assert_allclose(overlap_QK, expected_QK, rtol=2e-6)
+
+
+def test_overlap_by_hand(tmp_path: Path) -> None:
+    index = build(tmp_path, ["a b", "b c c c", "b"])
+    rare, common = math.log(1 + 2.5 / 1.5), math.log(1 + 0.5 / 3.5)
+    whole = math.sqrt(2 * rare + common)
+    passages = np.array([[[0, 1], [1, -1], [2, 2], [-1, -1]]])
+    expected = [whole, (rare + common) / whole, common / whole, 0]
+    np.testing.assert_allclose(index.overlap(["a b c z"], passages), [expected], rtol=1e-6)
+
+
 def test_several_threads_find_what_one_finds(tmp_path: Path, passages: list[str]) -> None:
     index = build(tmp_path, passages, 60, 60, language="english", part_postings=1)
     expected = [index.search([text], 5)[1].tolist() for text in passages]
@@ -239,6 +296,8 @@ def test_no_query_has_no_result(tmp_path: Path) -> None:
     assert [found.shape for found in index.search([], 3)] == [(0, 3), (0, 3)]
     assert index.score([], np.empty((0, 5), np.int64)).shape == (0, 5)
     assert index.score(["a"], np.empty((1, 0), np.int64)).shape == (1, 0)
+    assert index.overlap([], np.empty((0, 5, 2), np.int64)).shape == (0, 5)
+    assert index.overlap(["a", ""], np.empty((2, 0, 2), np.int64)).shape == (2, 0)
 
 
 def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
