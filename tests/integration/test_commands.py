@@ -281,7 +281,7 @@ def test_every_command_has_an_example(retro: Run) -> None:
         names = re.findall(r"^  ([a-z-]+)(?:  |$)", text.partition("Commands:")[2], re.MULTILINE)
         known |= {f"{group} {name}".strip() for name in names}
     # What measures, plans of training and the server have tests of their own.
-    others = {name for name in known if name.startswith("eval ")} | {"demo", "plan train", "serve"}
+    others = {name for name in known if name.startswith("eval ")} | {"demo", "plan train", "cloze", "serve"}
     assert known - groups == {*COMMANDS, *others}
     for name in [*COMMANDS, *others]:
         assert examples(name), name
@@ -295,7 +295,7 @@ def test_the_examples_in_the_help_work_one_after_the_other(
     write_jsonl(tmp_path / "wiki.jsonl", paragraphs)
     for number, name in enumerate(("news", "corrected", "test")):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"id": "1", "text": f"Text {number} about prices of oil in {name}."}])
-    asked = {"question": "When did the 1973 oil crisis begin?", "answers": ["dear", "October 1973"]}
+    asked = {"question": "When did the 1973 oil crisis begin?", "answers": ["prices of oil"]}
     talk = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}]}
     for name, record in (("nq_dev", asked), ("webq_train", asked | {"question": "Who?"}), ("talks", talk)):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
