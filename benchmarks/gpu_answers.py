@@ -359,6 +359,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if asked.stage == "cloze" and report["finished"]:
             report["gates"] = gates(stage)
             failed = not report["gates"]["passed"]
+    asked.out.mkdir(parents=True, exist_ok=True)
+    write_json(asked.out / f"{asked.stage}.json", report)  # whatever becomes of the check
     if asked.stage == "check" or asked.check:
         folder = asked.store / (asked.check or (asked.data or ["core.held_out.data"])[0])
         models = [asked.store / load_run_config(EXAMPLES / RECIPES[s], []).train.out for s in ("pretrain", "baseline")]
@@ -366,8 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             EXAMPLES / RECIPES["pretrain"], asked.set if asked.stage == "check" else []
         ).train.seq_len
         report["check"] = check(models[0], models[1], TrainingData(folder), asked.device, asked.split, seq_len)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    write_json(asked.out / f"{asked.stage}.json", report)
+        write_json(asked.out / f"{asked.stage}.json", report)
     print(json.dumps({key: value for key, value in report.items() if key not in ("metrics", "settings")}, indent=2))
     if failed:
         sys.exit("the gates failed: do not go on with questions")
