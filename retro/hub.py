@@ -374,10 +374,14 @@ class RetroForCausalLM(PreTrainedModel, RetroGenerationMixin):
         return table
 
     def _initialize_weights(self, module: nn.Module, *_: Any, **__: Any) -> None:
-        # Called for every module; what was loaded is marked, and left alone by torch.nn.init as transformers replace it meanwhile.
+        # Called for every module; what was loaded is marked, and stays.
         if isinstance(module, Retro):
+            loaded = [(p, p.detach().clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
             seed = int(torch.randint(2**62, ()))
             module.initialize(torch.Generator(module.embedding.weight.device).manual_seed(seed))
+            with torch.no_grad():
+                for parameter, value in loaded:
+                    parameter.copy_(value)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, **__: Any) -> None:
         self.gradient_checkpointing = enable

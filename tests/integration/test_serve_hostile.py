@@ -362,6 +362,7 @@ def test_a_filter_that_nobody_waits_for_any_more_is_given_up(tiny_index: Path, m
 def test_memory_stays_the_same_over_thousands_of_requests(model_folder: Path, tiny_index: Path, tmp_path: Path) -> None:
     environment = os.environ | {"RETRO_API_KEY": USER, "RETRO_ADMIN_KEY": ADMIN, "OMP_NUM_THREADS": "1"}
     log = tmp_path / "log"
+    index = Path(shutil.copytree(tiny_index, tmp_path / "tiny.index"))
     with log.open("w") as file:
         process = subprocess.Popen(
             [
@@ -371,7 +372,7 @@ def test_memory_stays_the_same_over_thousands_of_requests(model_folder: Path, ti
                 "serve",
                 model_folder,
                 "--index",
-                tiny_index,
+                index,
                 "--port",
                 "0",
                 "--device",
@@ -384,7 +385,7 @@ def test_memory_stays_the_same_over_thousands_of_requests(model_folder: Path, ti
         wait_until(lambda: "Serving" in log.read_text(), 120)
         found = re.search(r"at (http://127\.0\.0\.1:\d+)", log.read_text())
         assert found is not None
-        server = Running(found[1], None, tiny_index)  # type: ignore[arg-type]
+        server = Running(found[1], None, index)  # type: ignore[arg-type]
 
         def memory() -> int:
             text = Path(f"/proc/{process.pid}/status").read_text()
