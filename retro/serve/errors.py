@@ -13,6 +13,7 @@ from retro.errors import ConfigError, CorpusError, FormatError, MismatchError, R
 from retro.serve.gate import BusyError, StoppingError
 
 logger = logging.getLogger(__name__)
+_TYPES = ("str", "int", "float", "bool")
 TIMED_OUT = "the request took longer than this server allows ({seconds:g} s): ask for less, or try again later"
 
 
@@ -98,12 +99,20 @@ def add_error_handlers(app: FastAPI, timeout_s: float) -> None:
     app.add_exception_handler(HTTPException, of_starlette)
 
 
+def _place(found: Any) -> str:
+    """The field, without the names of the types that were tried for it."""
+    parts = list(found["loc"][1:])
+    last = [str(parts.pop())] if parts and found["type"] == "extra_forbidden" else []
+    named = [str(part) for part in parts if isinstance(part, int) or (part.isidentifier() and part not in _TYPES)]
+    return ".".join(named + last)[:200]
+
+
 def _refusal(error: RequestValidationError) -> ApiError:
     """What is wrong with a body, without the values that were sent."""
     problems = []
     param = None
     for found in error.errors()[:3]:
-        place = ".".join(str(part) for part in found["loc"][1:])[:200]
+        place = _place(found)
         param = param or place or None
         message = found["msg"].removeprefix("Value error, ")
         problems.append(f"{place}: {message}" if place else message)

@@ -1,13 +1,31 @@
 """What requests and replies look like: checked on the way in, described in the OpenAPI document."""
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from retro import chat
 
 MAX_QUERY_CHARS = 10_000
 MAX_STOPS = 16
+MAX_FIELDS = 200
+MAX_ENTRIES = 1_000_000
+"""Of lists that have no lower limit of their own."""
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text has half a character in it (a lone surrogate)") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+"""pydantic looks at the characters of texts that have a limit, but not of others."""
+_Tokens = Annotated[list[int], Field(min_length=1, max_length=MAX_ENTRIES, fail_fast=True)]
+# A list is given up at its first wrong entry: a million errors would hold all others up.
 
 K = Annotated[
     int | None,
@@ -33,6 +51,13 @@ class Body(BaseModel):
     """A request: no unknown field, no value of another type, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, values: Any) -> Any:
+        if isinstance(values, dict) and len(values) > MAX_FIELDS:
+            raise ValueError(f"it has {len(values):,} fields, and {MAX_FIELDS} may be known at most")
+        return values
 
 
 # --- as OpenAI's API ----------------------------------------------------------------------------------------------
@@ -76,7 +101,7 @@ class Generating(Body):
     seed: Annotated[int | None, Field(ge=-(2**63), le=2**63 - 1)] = None
     stop: (
         Annotated[str, Field(max_length=1000)]
-        | Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=MAX_STOPS)]
+        | Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=MAX_STOPS, fail_fast=True)]
         | None
     ) = None
     stream: bool | None = None
@@ -106,10 +131,10 @@ class CompletionRequest(Generating):
     """A text to continue; passages are looked up at every chunk border."""
 
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=128)]
-        | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=128)]
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=128, fail_fast=True)]
+        | _Tokens
+        | Annotated[list[_Tokens], Field(min_length=1, max_length=128, fail_fast=True)]
     )
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
 
@@ -118,14 +143,14 @@ class TextPart(Body):
     """A part of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Body):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1000)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=1000, fail_fast=True)]
     name: Annotated[str | None, Field(max_length=1000)] = None
 
     @property
@@ -138,7 +163,7 @@ class Message(Body):
 class ChatRequest(Generating):
     """Messages to answer; passages are looked up for the last message of the user."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000, fail_fast=True)]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
@@ -334,11 +359,19 @@ class DocumentIn(BaseModel):
     title: Annotated[str | None, Field(max_length=10_000, strict=True)] = None
     url: Annotated[str | None, Field(max_length=10_000, strict=True)] = None
 
+    @model_validator(mode="after")
+    def _can_be_stored(self) -> "DocumentIn":
+        try:
+            _unicode(json.dumps(self.model_extra, ensure_ascii=False, allow_nan=False))
+        except ValueError as error:
+            raise ValueError(f"its metadata cannot be kept: {error}") from None
+        return self
+
 
 class AddRequest(Body):
     """Documents to add to the index."""
 
-    documents: Annotated[list[DocumentIn], Field(min_length=1)]
+    documents: Annotated[list[DocumentIn], Field(min_length=1, max_length=MAX_ENTRIES, fail_fast=True)]
     corpus: Annotated[
         str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Their keys are CORPUS:ID.", examples=["api"])
     ] = "api"
@@ -350,7 +383,9 @@ class AddRequest(Body):
 class RemoveRequest(Body):
     """Documents to remove from the index."""
 
-    keys: Annotated[list[Annotated[str, Field(max_length=2000)]], Field(min_length=1)]
+    keys: Annotated[
+        list[Annotated[str, Field(max_length=2000)]], Field(min_length=1, max_length=MAX_ENTRIES, fail_fast=True)
+    ]
 
 
 class ChangesReply(BaseModel):

@@ -64,6 +64,7 @@ def check(running: Running, examples: int) -> Counter[tuple[str, str, int]]:
     """
     seen: Counter[tuple[str, str, int]] = Counter()
     schema: Any = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
+    schema.config.update(request_timeout=60)
     for found in schema.get_all_operations():
         operation = found.ok()
         kinds = ["valid", "tamed", "invalid"]
