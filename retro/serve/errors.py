@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from retro.errors import ConfigError, CorpusError, FormatError, MismatchError, RetroError
+from retro.errors import ConfigError, CorpusError, FormatError, MismatchError, RetroError, StorageError
 from retro.serve.gate import BusyError, StoppingError
 
 logger = logging.getLogger(__name__)
@@ -64,12 +64,14 @@ def api_error(error: Exception, *, timeout_s: float = 0.0) -> ApiError:
     if isinstance(error, ApiError):
         return error
     unavailable = "the index cannot be opened at present: the server's log says why"
+    unwritable = "the index cannot be changed at present, and was not: the server's log says why"
     kinds: list[tuple[Any, int, str, str | None, dict[str, str]]] = [
         (BusyError, 429, str(error), "rate_limit_exceeded", {"Retry-After": "1"}),
         (StoppingError, 503, str(error), "stopping", {"Retry-After": "5", "Connection": "close"}),
         (TimeoutError, 504, TIMED_OUT.format(seconds=timeout_s), "timeout", {"x-should-retry": "false"}),
         (ConfigError | CorpusError, 400, str(error), None, {}),
         (FormatError | MismatchError, 503, unavailable, "index_unavailable", {}),
+        (StorageError, 503, unwritable, "index_unwritable", {}),
     ]
     for kind, status, message, code, headers in kinds:
         if isinstance(error, kind):
@@ -80,7 +82,7 @@ def api_error(error: Exception, *, timeout_s: float = 0.0) -> ApiError:
 def add_error_handlers(app: FastAPI, timeout_s: float) -> None:
     def of_ours(_: Request, error: Exception) -> Response:
         shown = api_error(error, timeout_s=timeout_s)
-        if shown.code in ("internal_error", "index_unavailable"):
+        if shown.code in ("internal_error", "index_unavailable", "index_unwritable"):
             logger.error("A request failed", exc_info=error)
         return shown.response()
 

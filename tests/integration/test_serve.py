@@ -1,6 +1,7 @@
 """The server as its users meet it: a real one on a free port, asked by OpenAI's own client, by httpx and by bare sockets."""
 
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -364,7 +365,7 @@ def test_half_characters_and_what_is_no_number_are_refused(running: Running, pat
 
 def test_a_million_mistakes_are_refused_as_fast_as_one(running: Running) -> None:
     """Each of them used to become an error of its own, and a minute of everybody's time."""
-    bodies = [
+    bodies: list[tuple[str, dict[str, Any]]] = [
         ("/v1/documents", {"documents": [0] * 1_000_000}),
         ("/v1/documents", {"keys": [0] * 1_000_000}),
         ("/v1/completions", {"model": "toy", "prompt": ["x", *[0] * 1_000_000]}),
@@ -670,6 +671,21 @@ def test_documents_that_are_added_are_found_at_once_and_change_answers(start: St
         missing = admin.request("DELETE", "/v1/documents", json={"keys": ["api:vexholm"]})
         assert missing.status_code == 400
         assert str(server.index) not in missing.text
+
+
+def test_an_index_that_cannot_be_written_is_searched_and_stays_as_it_is(
+    start: Start, file_limit: Callable[[int], contextlib.AbstractContextManager[None]]
+) -> None:
+    """A full disk, or a replica's index that is mounted for reading only."""
+    body = {"documents": [{"id": "z", "text": "Zanthorium melts at 12 degrees. " * 50}]}
+    with start() as server, server.http(ADMIN) as admin:
+        with file_limit(3000):
+            reply = admin.post("/v1/documents", json=body)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (503, "index_unwritable")
+            assert str(server.index) not in reply.text
+            assert admin.post("/v1/search", json={"query": "oil"}).status_code == 200
+        assert admin.get("/v1/models").json()["data"][0]["retro"]["documents"] == 40
+        assert admin.post("/v1/documents", json=body).json()["documents"] == 41
 
 
 def test_only_the_admin_key_changes_the_index(start: Start, running: Running) -> None:
