@@ -1,6 +1,7 @@
 """BM25 over the rows of an index, and the fusion of rankings. The only importer of bm25s and of PyStemmer.
 
-Arrays: N rows, V words of the corpus, W words of one part, P postings (a word in a row), T tokens, Q queries, K results.
+Arrays: N rows, V words of the corpus, W words of one part, P postings (a word in a row), T tokens, Q queries, K results,
+R rows of one passage.
 
 A word is the 64-bit hash of its stem: no list of words is held in memory, words that come later need no number, and two of 20
 million words share a hash with a probability of 1e-5. Scores are computed when a part is written, as bm25s does, and
@@ -253,7 +254,7 @@ class LexicalIndex:
         for first, part in zip(self._first_rows, self._parts, strict=False):
             at_T = _positions(part.postings.words_W, words_T)
             known_T |= at_T >= 0
-            # Rows of other parts are moved beside this one's, where no word stands.
+            # Rows of other parts are moved beside this one's, where no word stands: 32 bits may be too few for them.
             local_QKR = np.clip(rows_QKR - first, -1, part.num_rows).astype(np.int32)
             here_Q = np.any((local_QKR >= 0) & (local_QKR < part.num_rows), axis=(1, 2))
             for token in np.flatnonzero((at_T >= 0) & here_Q[query_T]).tolist():
