@@ -1,100 +1,203 @@
-"""Peak memory of a whole index build, stage by stage, against that of the encoder alone.
+"""Peak memory of a whole index build, stage by stage, above that of the encoder alone.
 
-    python benchmarks/build_memory.py CORPUS [--limit 20000] [--index-type auto] [--json]
+    python benchmarks/build_memory.py CORPUS... [--limit 20000] [--encoder NAME] [--deduplicate near] [--index-type auto] [--json]
 
-Both in processes of their own, sampled every 20 ms: private and shared memory that is resident (RSS), and of it the anonymous part.
-The encoder's own is what a process has that opens it and encodes 2,048 chunks of the corpus in batches as the build does.
+Both in processes of their own, sampled every 10 ms. Anonymous memory is what a process holds; pages of memory maps (file-backed)
+are shown beside it, for the system takes them back when it needs the room. The encoder's own is what a process has that opens it
+and encodes 2,048 chunks of the corpus in batches as the build does. `--encoder small` takes a random network of one narrow layer
+with the tokenizer and the 384 dimensions of the default, so that large corpora take minutes; no other stage is changed by that.
 """
 
 import argparse
+import contextlib
+import functools
+import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-ENCODER = """
-import itertools, sys
-from index_builder.build import open_encoder
-from index_builder.config import BuildConfig
-from index_builder.corpus import ReadOptions, read_documents
-from retro.chunks import Document
-encoder = open_encoder(BuildConfig(), "cpu")
-documents = (item for item in read_documents([sys.argv[1]], ReadOptions()) if isinstance(item, Document))
-texts = [d.text[i : i + 250] for d in itertools.islice(documents, 2048) for i in range(0, min(len(d.text), 2500), 250)][:2048]
-encoder.encode(texts, role="document")
-"""
+STAGES = {
+    ("build", "read_stage"): "read and chunk",
+    ("build", "encode_stage"): "encode",
+    ("index", "train"): "train",
+    ("index", "add_part"): "add",
+    ("index", "merge_parts"): "merge",
+    ("index", "tune"): "tune",
+    ("build", "lexical_stage"): "BM25",
+    ("build", "finish"): "checksums",
+}
+KINDS = {"RssAnon": "anonymous_bytes", "RssFile": "file_bytes"}
+EVERY = 0.01
 
 
-def memory(pid: int) -> tuple[int, int]:
-    """Resident and anonymous bytes of a process; zeros where it has ended."""
+@dataclass(slots=True, kw_only=True)
+class Stage:
+    """What was seen of one stage, all its calls together."""
+
+    seconds: float = 0.0
+    peaks: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS.values(), 0))
+
+
+def memory(pid: int) -> dict[str, int]:
+    """Resident bytes of a process by kind; none where it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return 0, 0
+        return {}
     found = dict(line.split(":", 1) for line in lines)
-    return tuple(int(found.get(key, "0 kB").split()[0]) * 1024 for key in ("VmRSS", "RssAnon"))  # type: ignore[return-value]
+    return {name: int(found[kind].split()[0]) * 1024 for kind, name in KINDS.items() if kind in found}
 
 
-def watch(command: list[str]) -> dict[str, tuple[int, int]]:
-    """Runs a command; the greatest memory in each stage that it reports on stderr ("stage: done ...")."""
-    peaks: dict[str, tuple[int, int]] = {}
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors) as process,
-    ):
-        stage = "start"
+def watch(work: dict[str, Any]) -> dict[str, Stage]:
+    """Runs `work` in a process of its own; its stages in the order in which they began."""
+    stages: dict[str, Stage] = {}
+    reader, writer = os.pipe()
+    command = [sys.executable, __file__, "--work", json.dumps(work | {"pipe": writer})]
+    with subprocess.Popen(command, pass_fds=[writer], stdout=subprocess.DEVNULL) as process:
+        os.close(writer)
+        os.set_blocking(reader, False)
+        running, last = ["start"], time.monotonic()
         while process.poll() is None:
-            resident, anonymous = memory(process.pid)
-            errors.seek(0)
-            for line in errors.read().replace("\r", "\n").splitlines():
-                stage = line.split(":")[0].strip() if ":" in line else stage
-            old = peaks.get(stage, (0, 0))
-            peaks[stage] = (max(old[0], resident), max(old[1], anonymous))
-            time.sleep(0.02)
-        if process.returncode:
-            errors.seek(0)
-            raise SystemExit(errors.read())
-    return peaks
+            with contextlib.suppress(BlockingIOError):
+                for line in os.read(reader, 1 << 16).decode().split("\n")[:-1]:
+                    running = running[:-1] if line == "end" else [*running, line]
+            time.sleep(EVERY)
+            now = time.monotonic()
+            stage = stages.setdefault(running[-1], Stage())
+            stage.seconds += now - last
+            for name, value in memory(process.pid).items():
+                stage.peaks[name] = max(stage.peaks[name], value)
+            last = now
+    os.close(reader)
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return stages
 
 
-BUILD = """
-import sys
-from index_builder.build import build_index
-from index_builder.config import BuildConfig
-from index_builder.corpus import ReadOptions
-limit = int(sys.argv[3]) or None
-build_index([sys.argv[1]], sys.argv[2], BuildConfig(index_type=sys.argv[4], read=ReadOptions(limit=limit)), device="cpu",
-            progress=lambda stage, done, total: print(f"{stage}: {done}", file=sys.stderr, flush=True) if done % 64 == 0 else None)
-"""
+# --- in the processes that are watched ------------------------------------------------------------------------------
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpus")
-    parser.add_argument("--limit", type=int, default=20_000, help="documents; 0 means all")
-    parser.add_argument("--index-type", default="auto")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    alone = max(watch([sys.executable, "-c", ENCODER, arguments.corpus]).values())
-    with tempfile.TemporaryDirectory() as folder:
-        out = str(Path(folder) / "x.index")
-        stages = watch([sys.executable, "-c", BUILD, arguments.corpus, out, str(arguments.limit), arguments.index_type])
-    whole = tuple(max(peak[i] for peak in stages.values()) for i in (0, 1))
-    report = {
-        "encoder_rss_bytes": alone[0],
-        "encoder_anonymous_bytes": alone[1],
-        "build_rss_bytes": whole[0],
-        "build_anonymous_bytes": whole[1],
-        "stages_anonymous_bytes": {stage: peak[1] for stage, peak in stages.items()},
-    }
-    if arguments.json:
-        print(json.dumps(report, indent=2))
+def told(function: Callable[..., Any], name: str, pipe: Any) -> Callable[..., Any]:
+    """The function, which says when it begins and ends."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        pipe.write(f"{name}\n")
+        try:
+            return function(*arguments, **options)
+        finally:
+            pipe.write("end\n")
+
+    return call
+
+
+def run(work: dict[str, Any]) -> None:
+    """Opens and tries an encoder, or builds an index."""
+    from index_builder import build, index
+    from index_builder.config import BuildConfig
+    from index_builder.corpus import ReadOptions, read_documents
+    from retro.chunks import Document
+
+    read = ReadOptions(limit=work["limit"], deduplicate=work["deduplicate"])
+    config = BuildConfig(encoder=work["encoder"], index_type=work["index_type"], read=read)
+    if work["out"] is None:
+        encoder = build.open_encoder(config, "cpu")
+        documents = (item for item in read_documents(work["corpora"], ReadOptions()) if isinstance(item, Document))
+        parts = (d.text[i : i + 250] for d in documents for i in range(0, min(len(d.text), 2500), 250))
+        encoder.encode(list(itertools.islice(parts, 2048)), role="document")
         return
-    for name, (resident, anonymous) in {"encoder alone": alone, **stages, "whole build": whole}.items():
-        print(f"{name:32}{resident / 2**30:8.2f} GiB resident {anonymous / 2**30:8.2f} GiB anonymous")
-    print(f"above the encoder's own: {(whole[1] - alone[1]) / 2**30:.2f} GiB")
+    with os.fdopen(work["pipe"], "w", buffering=1) as pipe:
+        for (module, name), stage in STAGES.items():
+            place = {"build": build, "index": index}[module]
+            setattr(place, name, told(getattr(place, name), stage, pipe))
+        build.build_index(work["corpora"], work["out"], config, device="cpu")
+
+
+def small_encoder(folder: Path) -> str:
+    """A random sentence-transformers model of one layer with the default's tokenizer and dimensions."""
+    import sentence_transformers
+    import torch
+    import transformers
+    from sentence_transformers.sentence_transformer import modules
+
+    from index_builder.config import DEFAULT_ENCODER
+    from index_builder.encoder import Encoder
+
+    default = Encoder.open(DEFAULT_ENCODER)
+    tokenizer = transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=default.tokenizer().backend, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+    torch.manual_seed(0)
+    network = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    transformers.BertModel(network).save_pretrained(folder / "network")
+    tokenizer.save_pretrained(folder / "network")
+    model = sentence_transformers.SentenceTransformer(
+        modules=[
+            modules.Transformer(str(folder / "network"), max_seq_length=default.max_length),
+            modules.Pooling(32),
+            modules.Dense(32, default.dim),
+            modules.Normalize(),
+        ]
+    )
+    model.save(str(folder / "small"))
+    return str(folder / "small")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpora", nargs="*", metavar="CORPUS")
+    parser.add_argument("--limit", type=int, default=0, help="documents; 0 means all")
+    parser.add_argument("--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="or small")
+    parser.add_argument("--deduplicate", default="none", choices=["none", "exact", "near"])
+    parser.add_argument("--index-type", default="auto")
+    parser.add_argument("--out", help="keep the index here; otherwise it is deleted")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.work:
+        run(json.loads(options.work))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        work = {
+            "corpora": options.corpora,
+            "limit": options.limit or None,
+            "encoder": small_encoder(Path(folder)) if options.encoder == "small" else options.encoder,
+            "deduplicate": options.deduplicate,
+            "index_type": options.index_type,
+        }
+        alone = {name: max(s.peaks[name] for s in watch(work | {"out": None}).values()) for name in KINDS.values()}
+        out = Path(options.out or f"{folder}/x.index")
+        stages = watch(work | {"out": str(out)})
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    report = {
+        "documents": manifest["documents"],
+        "chunks": manifest["chunks"],
+        "index": manifest["index"]["factory"],
+        "encoder_alone": alone,
+        "stages": {name: {"seconds": round(s.seconds, 1)} | s.peaks for name, s in stages.items()},
+    }
+    if options.json:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+        return
+    own = alone["anonymous_bytes"]
+    lines = [f"{report['documents']:,} documents, {report['chunks']:,} chunks, {report['index']}; GiB"]
+    lines.append(f"{'':16}{'seconds':>10}{'anonymous':>12}{'above the encoder':>20}{'file-backed':>14}")
+    lines.append(f"{'encoder alone':16}{'':10}{own / 2**30:12.2f}{'':20}{alone['file_bytes'] / 2**30:14.2f}")
+    for name, s in stages.items():
+        held, mapped = s.peaks["anonymous_bytes"], s.peaks["file_bytes"]
+        lines.append(
+            f"{name:16}{s.seconds:10.1f}{held / 2**30:12.2f}{(held - own) / 2**30:20.2f}{mapped / 2**30:14.2f}"
+        )
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

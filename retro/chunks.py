@@ -209,7 +209,7 @@ class ChunkStore:
                 raise FormatError(f"{folder} lists row {dead_rows[-1]} as removed, but has {self.num_chunks:,} chunks")
             self.dead_N = np.zeros(self.num_chunks, np.bool_)
             self.dead_N[dead_rows] = True
-            self.dead_documents = np.unique(self.documents_of(dead_rows))
+            self.dead_documents = self._owners(np.asarray(dead_rows))
 
     @property
     def num_documents(self) -> int:
@@ -229,7 +229,7 @@ class ChunkStore:
     def numbered_keys(self) -> Iterator[tuple[int, str]]:
         """Numbers and keys of all documents that were not removed, in order."""
         keys = (key for table in self.tables for key in table["key"].to_pylist())
-        return ((n, key) for n, (key, dead) in enumerate(zip(keys, self._dead_D.tolist(), strict=True)) if not dead)
+        return ((n, key) for n, (key, dead) in enumerate(zip(keys, self._dead_D, strict=True)) if not dead)
 
     def live_documents(self) -> Iterator[tuple[Document, Int64s, int]]:
         """The documents that were not removed, in order, with the spans of their chunks [n, 2] and their first row."""
@@ -290,9 +290,28 @@ class ChunkStore:
     def rows_of(self, documents: Int64s) -> Int64s:
         """All rows of some documents, ascending."""
         order = np.sort(np.asarray(documents, np.int64))
-        first = np.searchsorted(self._document_of_row, order, side="left")
-        end = np.searchsorted(self._document_of_row, order, side="right")
-        return np.concatenate([np.empty(0, np.int64), *(np.arange(a, b) for a, b in zip(first, end, strict=True))])
+        rows = [np.empty(0, np.int64)]
+        # Shard by shard, and not from a table of all rows, which only searches hold.
+        for shard, wanted in self._by_shard(order, self.first_document):
+            owner_N, base = self._chunks[shard][:, 0], int(self.first_row[shard])
+            first, end = (np.searchsorted(owner_N, wanted, side=side) + base for side in ("left", "right"))
+            rows += [np.arange(a, b) for a, b in zip(first.tolist(), end.tolist(), strict=True)]
+        return np.concatenate(rows)
+
+    def _owners(self, rows: Int64s) -> Int64s:
+        """Numbers of the documents of some rows in ascending order, each once."""
+        found = [
+            np.unique(self._chunks[shard][local, 0]) + int(self.first_document[shard])
+            for shard, local in self._by_shard(rows, self.first_row)
+        ]
+        return np.concatenate([np.empty(0, np.int64), *found])
+
+    @staticmethod
+    def _by_shard(ascending: Int64s, firsts: Int64s) -> Iterator[tuple[int, Int64s]]:
+        """Numbers that count on through all shards, as those of each shard that has some, counted from its first."""
+        bounds = np.searchsorted(ascending, firsts)
+        for shard in np.flatnonzero(np.diff(bounds)).tolist():
+            yield shard, ascending[bounds[shard] : bounds[shard + 1]] - firsts[shard]
 
     def groups(self, rows: Int64s) -> NDArray[np.uint64]:
         """Hash of the group of each row, any shape; rows must exist."""

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -437,3 +439,38 @@ def test_an_altered_tokenizer_is_refused(corpus: Path, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"<|eos|>", b"<|EOS|>"))
     with pytest.raises(FormatError, match=r"tokenizer\.json was altered"):
         Tokenizer.load(str(tmp_path / "tok"))
+
+
+_ENCODE_ALL_SHAPES = """
+import sys
+from pathlib import Path
+import torch
+from index_builder.build import open_encoder
+from index_builder.config import BuildConfig
+
+torch.set_num_threads(1)
+
+def held():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+encoder = open_encoder(BuildConfig(encoder=sys.argv[1], dtype="bfloat16"), "cpu")
+encoder.encode(["the price of oil"] * 64, "document")
+before = held()
+for shard in range(8):  # another number of texts of each length in each, so that their last batches differ, too
+    encoder.encode(["oil " * length for length in range(1, 90) for _ in range(1 + (length * 7 + shard * 11) % 32)], "document")
+print((held() - before) // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
+def test_memory_does_not_grow_with_the_shapes_of_what_is_encoded(
+    tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # torch compiled a matrix product for each length of text and size of batch, and kept 1,024 of them: 0.6 GiB.
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        monkeypatch.delenv(name, raising=False)
+    command = [sys.executable, "-c", _ENCODE_ALL_SHAPES, str(tiny_encoder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert int(done.stdout) < 150  # MiB

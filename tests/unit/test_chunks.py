@@ -352,3 +352,13 @@ def test_queries_are_the_texts_of_the_finished_chunks_of_the_grid(text: str, M: 
 )
 def test_queries_of_small_cases_by_hand(text: str, lead: int, queries: list[str]) -> None:
     assert TokenizedDocument.make(text, BYTES, 4, lead=lead, split=0).queries == queries
+
+
+def test_removing_documents_needs_no_table_of_all_rows(made: Made) -> None:
+    # 8 bytes for each chunk of an index, which only a search has to hold.
+    store = ChunkStore(made.store.folder, made.store.shards, made.store.rows_of(np.array([1, 3])))
+    assert store.dead_documents.tolist() == [1, 3]
+    assert store.rows_of(np.array([0])).tolist() == [row for row, (owner, _, _) in enumerate(made.rows) if owner == 0]
+    assert not any("_document_of_row" in vars(opened) for opened in (made.store, store))
+    assert store.documents_of(np.array([0])).tolist() == [0]
+    assert "_document_of_row" in vars(store)
