@@ -6,8 +6,8 @@
     python benchmarks/serve_load.py --index part.index --only memory --requests 10000
 
 The model has the sizes of `tiny` with random weights, or is the one given. The server is another process on this machine, and so
-its clients take a share of it: they are bare sockets in one thread. Memory is the resident set of the server's process, with the
-maps of files and without; on Linux only.
+its clients take a share of it: they are bare sockets in one thread. `cpu_ratio` compares what the server took of the cores, for
+machines that others use, too. Memory is the resident set of its process, with the maps of files and without. On Linux only.
 """
 
 import argparse
@@ -63,6 +63,11 @@ class Server:
         text = Path(f"/proc/{self._process.pid}/status").read_text()
         total, own = (int(re.findall(rf"{name}:\s+(\d+) kB", text)[0]) / 1024 for name in ("VmRSS", "RssAnon"))
         return total, own
+
+    def cpu_s(self) -> float:
+        """Time of cores that the process has taken."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def make_model(folder: Path) -> Path:
@@ -129,8 +134,11 @@ async def answers(server: Server, clients: int, tokens: int) -> dict[str, Any]:
     for k in (0, 2):
         bodies = [completion(asked[number], tokens, k) for number in range(clients)]
         await server.post("/v1/completions", bodies[0])
+        start_cpu = server.cpu_s()
         alone_s, alone = await timed(_one_by_one(server, bodies))
+        alone_cpu = server.cpu_s()
         together_s, together = await timed(asyncio.gather(*(server.post("/v1/completions", body) for body in bodies)))
+        together_cpu = server.cpu_s()
         failed = sum(status != 200 for status, _ in [*alone, *together])
         kinds = [_compared(one[1], other[1]) for one, other in zip(alone, together, strict=True)] if not failed else []
         made = sum(reply["usage"]["completion_tokens"] for _, reply in alone) if not failed else 0
@@ -142,6 +150,7 @@ async def answers(server: Server, clients: int, tokens: int) -> dict[str, Any]:
             "tokens_per_s_alone": made / alone_s,
             "tokens_per_s_together": made / together_s,
             "ratio": alone_s / together_s,
+            "cpu_ratio": (alone_cpu - start_cpu) / (together_cpu - alone_cpu),
         }
     return report
 

@@ -5,13 +5,14 @@ began with.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,10 @@ from retro.serve.metrics import Metrics
 logger = logging.getLogger(__name__)
 TEMPORARY, DOCUMENTS = "retro-documents-", "documents.jsonl"
 _DOCUMENTS = re.compile(rf"\S*{TEMPORARY}\w+/{re.escape(DOCUMENTS)}")
+
+
+TURN = 4
+"""Queries that a CPU encodes and searches in one go, about 10 ms each: more at once are hardly faster there."""
 
 
 class Question(NamedTuple):
@@ -64,6 +69,33 @@ class Bound:
         return self.library.find(queries, Question(k, self.method, self.where), role)
 
 
+class Turns:
+    """A lock for which those who are `first` never wait longer than for whoever has it.
+
+    Chunks of many sequences are looked up together; without turns a person's question would wait for all of them.
+    """
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._is_taken = False
+        self._num_first = 0
+
+    @contextlib.contextmanager
+    def take(self, *, first: bool) -> Iterator[None]:
+        """Has the lock inside it."""
+        with self._change:
+            self._num_first += first
+            self._change.wait_for(lambda: not self._is_taken and (first or not self._num_first))
+            self._num_first -= first
+            self._is_taken = True
+        try:
+            yield
+        finally:
+            with self._change:
+                self._is_taken = False
+                self._change.notify_all()
+
+
 class Library:
     """An open index."""
 
@@ -88,8 +120,8 @@ class Library:
         self.methods: list[str] = []
         """How it can be searched."""
         self._retriever = self._open(self.name)
-        # Neither encoders nor indexes promise to be used by several threads.
-        self._search_lock, self._change_lock = threading.Lock(), threading.Lock()
+        self._state_lock = threading.Lock()
+        self._turns = Turns()  # neither encoders nor indexes promise to be used by several threads
         self._pending: dict[Question, list[tuple[str, asyncio.Future[list[Passage]]]]] = {}
         self._pending_lock = threading.Lock()
         self._searcher = ThreadPoolExecutor(1, thread_name_prefix="search")
@@ -123,25 +155,29 @@ class Library:
         k, method, where = question
         retriever, now = self._present()
         k = min(k, now.store.num_live_chunks)
-        if k == 0:
+        if k == 0 or not queries:
             return [[] for _ in queries]
         keep_N = self._masks.rows(now, where)
-        with self._search_lock:
-            began = time.perf_counter()
-            vectors_QX = None if method == "bm25" else retriever.encoder.encode(queries, role)
-            encoded = time.perf_counter()
-            scores_QK, rows_QK = now.find(queries, vectors_QX, k, method=method, keep_N=keep_N)
-            found = [
-                [now.store.passage(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0]
-                for rows, scores in zip(rows_QK.tolist(), scores_QK.tolist(), strict=True)
-            ]
+        found: list[list[Passage]] = []
+        step = TURN if self._device == "cpu" else len(queries)
+        for place in range(0, len(queries), step):
+            few = queries[place : place + step]
+            with self._turns.take(first=role == "query"):
+                began = time.perf_counter()
+                vectors_QX = None if method == "bm25" else retriever.encoder.encode(few, role)
+                encoded = time.perf_counter()
+                scores_QK, rows_QK = now.find(few, vectors_QX, k, method=method, keep_N=keep_N)
+                found += [
+                    [now.store.passage(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0]
+                    for rows, scores in zip(rows_QK.tolist(), scores_QK.tolist(), strict=True)
+                ]
             if method != "bm25":
                 self._metrics.encoding.observe(encoded - began)
             self._metrics.searching.observe(time.perf_counter() - encoded)
         return found
 
     def _present(self) -> tuple[IndexRetriever, Snapshot]:
-        with self._search_lock:
+        with self._state_lock:
             retriever = self._retriever
             now = retriever.snapshot()
             self._note(now.manifest)
@@ -252,12 +288,12 @@ class Library:
             # The client learns nothing of where things lie.
             message = _DOCUMENTS.sub("documents", str(error)).replace(str(self._retriever.folder), self.name)
             raise type(error)(message) from error
-        with self._search_lock:
+        with self._state_lock:
             self._note(self._retriever.manifest)
         return result
 
     def _add(self, documents: Sequence[Mapping[str, Any]], corpus: str, update: bool) -> Changes:
-        with self._search_lock:
+        with self._state_lock:
             retriever, recipe = self._retriever, self._retriever.manifest["recipe"]
         read = config_of(recipe).read
         names = {"id": read.id_field, "text": read.text_field, "title": read.title_field}
@@ -273,7 +309,7 @@ class Library:
 
     def _reload(self, name: str) -> None:
         opened = self._open(name)
-        with self._search_lock:
+        with self._state_lock:
             self.name, self._retriever = name, opened
         logger.info("Index %s is open: %s documents", name, f"{opened.manifest['documents']:,}")
 

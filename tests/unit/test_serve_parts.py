@@ -3,6 +3,8 @@
 import asyncio
 import hashlib
 import json
+import threading
+import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from retro.serve.chat import ChatFormat
 from retro.serve.config import Key, Keys, ServeConfig, check_exposure, is_loopback, named_indexes
 from retro.serve.engine import Engine, Task, Update, _held_back
 from retro.serve.gate import BusyError, Gate
+from retro.serve.library import Turns
 from retro.serve.metrics import Metrics
 from retro.tokenizer import Tokenizer
 
@@ -297,6 +300,30 @@ def test_what_comes_in_pieces_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> N
     asyncio.run(run())
     engine.close()
     assert not engine.is_alive
+
+
+def test_those_who_are_first_wait_for_one_turn_only() -> None:
+    turns, order, waiting = Turns(), [], []
+
+    def work(name: str, first: bool) -> None:
+        with turns.take(first=first):
+            order.append(name)
+
+    with turns.take(first=False):
+        for number, (name, first) in enumerate([("chunks", False), ("more chunks", False), ("a question", True)], 1):
+            waiting.append(threading.Thread(target=work, args=(name, first)))
+            waiting[-1].start()
+            while len(turns._change._waiters) < number:  # type: ignore[attr-defined]
+                time.sleep(0.001)
+        assert order == []
+    for thread in waiting:
+        thread.join()
+    assert order[0] == "a question"
+    assert sorted(order[1:]) == ["chunks", "more chunks"]
+    with pytest.raises(ZeroDivisionError), turns.take(first=True):
+        _ = 1 // 0
+    with turns.take(first=False):
+        pass
 
 
 def test_the_gate_counts() -> None:
