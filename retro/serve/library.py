@@ -34,8 +34,9 @@ TEMPORARY, DOCUMENTS = "retro-documents-", "documents.jsonl"
 _DOCUMENTS = re.compile(rf"\S*{TEMPORARY}\w+/{re.escape(DOCUMENTS)}")
 
 
-TURN = 4
-"""Queries that a CPU encodes and searches in one go, about 10 ms each: more at once are hardly faster there."""
+TURN_CHARS = 1500
+"""Of queries that a CPU encodes and searches in one go, about 50 ms; many short ones together take much less time than one by one,
+long ones do not."""
 
 
 class Question(NamedTuple):
@@ -159,9 +160,7 @@ class Library:
             return [[] for _ in queries]
         keep_N = self._masks.rows(now, where)
         found: list[list[Passage]] = []
-        step = TURN if self._device == "cpu" else len(queries)
-        for place in range(0, len(queries), step):
-            few = queries[place : place + step]
+        for few in _in_turns(queries) if self._device == "cpu" else [queries]:
             with self._turns.take(first=role == "query"):
                 began = time.perf_counter()
                 vectors_QX = None if method == "bm25" else retriever.encoder.encode(few, role)
@@ -317,6 +316,16 @@ class Library:
         opened = IndexRetriever.open(self.indexes[name], device=self._device)
         self._note(opened.manifest)
         return opened
+
+
+def _in_turns(queries: Sequence[str]) -> Iterator[Sequence[str]]:
+    first = chars = 0
+    for place, query in enumerate(queries):
+        chars += len(query)
+        if chars > TURN_CHARS and place > first:
+            yield queries[first:place]
+            first, chars = place, len(query)
+    yield queries[first:]
 
 
 def _settle(done: "asyncio.Future[list[Passage]]", found: list[Passage] | Exception) -> None:
