@@ -82,7 +82,7 @@ def api_error(error: Exception, *, timeout_s: float = 0.0) -> ApiError:
 def add_error_handlers(app: FastAPI, timeout_s: float) -> None:
     def of_ours(_: Request, error: Exception) -> Response:
         shown = api_error(error, timeout_s=timeout_s)
-        if shown.code in ("internal_error", "index_unavailable", "index_unwritable"):
+        if shown.code in ("index_unavailable", "index_unwritable", "internal_error"):
             logger.error("A request failed", exc_info=error)
         return shown.response()
 
@@ -94,9 +94,8 @@ def add_error_handlers(app: FastAPI, timeout_s: float) -> None:
         assert isinstance(error, HTTPException)
         return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
 
-    for kind in (ApiError, ConfigError, TimeoutError, Exception):
+    for kind in (RetroError, TimeoutError):
         app.add_exception_handler(kind, of_ours)
-    app.add_exception_handler(RetroError, of_ours)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, of_starlette)
 

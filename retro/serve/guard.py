@@ -1,6 +1,7 @@
 """What every request passes before anything reads it: its size, its host, the headers of its reply, a line in the log."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Collection
@@ -9,12 +10,14 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from retro.serve.errors import ApiError
+from retro.serve.errors import ApiError, api_error
 from retro.serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 BODY_TIMEOUT_S = 30.0
 """From the first byte of a request's body to its last."""
+DRAIN_S, DRAIN_BYTES = 2.0, 64 << 20
+"""So long, and so much, of a body that was refused is taken all the same."""
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -59,6 +62,11 @@ class Guard:
                 status = message["status"]
                 own = {name for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *((n, v) for n, v in _RAW_HEADERS if n not in own)]
+            is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if is_last and status in (408, 413):
+                await send({**message, "more_body": True})
+                await body.drain()
+                message = {"type": "http.response.body", "body": b"", "more_body": False}
             await send(message)
 
         body = _Body(receive, self._max_body_bytes)
@@ -71,6 +79,12 @@ class Guard:
             if status:
                 raise
             await error.response()(scope, receive, send_guarded)
+        except Exception as error:
+            # Here and not in a handler of starlette's, which would answer without the headers, and close the connection.
+            if status:
+                raise
+            logger.error("A request failed", exc_info=error)
+            await api_error(error).response()(scope, receive, send_guarded)
         finally:
             # Of a path that is none of ours nothing is written: it could be anything.
             route = getattr(scope.get("route"), "path", "(none)")
@@ -123,6 +137,16 @@ class _Body:
             raise HTTPException(413, self._too_long, headers=_CLOSE)
         self._is_complete = not message.get("more_body", False)
         return message  # type: ignore[no-any-return]
+
+    async def drain(self) -> None:
+        """Takes what still comes of it, for a while: a connection that is closed before is reset, and a reply on it lost."""
+        size = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                while not self._is_complete and size < DRAIN_BYTES:
+                    message: Any = await self._receive()
+                    size += len(message.get("body", b""))
+                    self._is_complete = not message.get("more_body", False)
 
     @property
     def _too_long(self) -> str:
