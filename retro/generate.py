@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -101,22 +101,22 @@ def neighbor_tensors(
 
 
 def token_tensors(
-    ids: Sequence[Sequence[Sequence[Sequence[int] | NDArray[np.int32]]]], L: int, K: int, R: int
+    ids: Sequence[Sequence[Sequence[Sequence[int] | NDArray[Any]]]], L: int, K: int, R: int
 ) -> tuple[Tensor, Tensor]:
     """Tokens of the neighbors of chunks, ids[b][l][k], as tensors.
 
     Returns:
         Ids [B, L, K, R] and keep [B, L, K, R]; each neighbor is cut after R tokens, and what is missing is False.
     """
-    neighbors_BLKR = torch.zeros(len(ids), L, K, R, dtype=torch.long)
-    keep_BLKR = torch.zeros(len(ids), L, K, R, dtype=torch.bool)
+    neighbors_BLKR = np.zeros((len(ids), L, K, R), np.int64)
+    keep_BLKR = np.zeros((len(ids), L, K, R), np.bool_)
     for b, row in enumerate(ids):
         for chunk, few in enumerate(row):
             for k, neighbor in enumerate(few):
                 n = min(len(neighbor), R)
-                neighbors_BLKR[b, chunk, k, :n] = torch.as_tensor(neighbor[:n])
+                neighbors_BLKR[b, chunk, k, :n] = neighbor[:n]
                 keep_BLKR[b, chunk, k, :n] = True
-    return neighbors_BLKR, keep_BLKR
+    return torch.from_numpy(neighbors_BLKR), torch.from_numpy(keep_BLKR)
 
 
 def find_passages(

@@ -16,13 +16,13 @@ from retro.chunks import Int64s
 from retro.config import TrainConfig
 from retro.data import Batch, Batches, Retrieval
 from retro.errors import ConfigError
-from retro.generate import prompt_ids
+from retro.generate import prompt_ids, token_tensors
 from retro.mixture import Mixture, Turns
 from retro.questions import QuestionData, answer_ids
 from retro.tokenizer import Tokenizer
 
 # The last number of a generator's seed: what it draws.
-_DROPOUT, _CHOICE, _ORDER, _SHUFFLE = 1, 2, 3, 4
+_DROPOUT, _CHOICE, _ORDER = 1, 2, 3
 
 
 # --- items --------------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def question_batch(
         )
         for item in items
     ]
-    return _packed(rows, tokenizer.eos_id, chunk_len, K=max(1, *(len(r.sources) for r in rows), 1), R=neighbor_len)
+    return _packed(rows, tokenizer.eos_id, chunk_len, K=_most_sources(rows), R=neighbor_len)
 
 
 def closed_book(items: Sequence[QuestionItem]) -> list[QuestionItem]:
@@ -73,6 +73,11 @@ class _Row:
     sources: Sequence[Sequence[int] | NDArray[Any]]
 
 
+def _most_sources(rows: Sequence[_Row]) -> int:
+    """K of a batch: at least 1, as tensors have a place for a neighbor."""
+    return max(1, *(len(row.sources) for row in rows))
+
+
 def _packed(rows: Sequence[_Row], eos_id: int, M: int, *, K: int, R: int) -> Batch:
     """Rows on their grids: an answer begins at a chunk border; the chunk before it reads the sources, as do whole ones of it."""
     chunks_B = [-(-len(row.prompt) // M) for row in rows]
@@ -83,8 +88,7 @@ def _packed(rows: Sequence[_Row], eos_id: int, M: int, *, K: int, R: int) -> Bat
     targets_BT = np.zeros((B, T), np.int64)
     keep_BT = np.zeros((B, T), np.bool_)
     loss_BT = np.zeros((B, T), np.bool_)
-    neighbors_BLKR = np.zeros((B, L, K, R), np.int64)
-    keep_BLKR = np.zeros((B, L, K, R), np.bool_)
+    read: list[list[Sequence[Sequence[int] | NDArray[Any]]]] = [[() for _ in range(L)] for _ in rows]
     for b, (row, chunks) in enumerate(zip(rows, chunks_B, strict=True)):
         border = chunks * M
         first, end = border - len(row.prompt), border + len(row.answer)
@@ -94,19 +98,17 @@ def _packed(rows: Sequence[_Row], eos_id: int, M: int, *, K: int, R: int) -> Bat
         targets_BT[b, end - 1] = eos_id
         keep_BT[b, first:end] = True
         loss_BT[b, border - 1 : end] = True
-        reading = slice(chunks - 1, end // M)
-        for k, source in enumerate(row.sources):
-            n = min(len(source), R)
-            neighbors_BLKR[b, reading, k, :n] = source[:n]
-            keep_BLKR[b, reading, k, :n] = True
+        for chunk in range(chunks - 1, end // M):
+            read[b][chunk] = row.sources
+    neighbors_BLKR, keep_BLKR = token_tensors(read, L, K, R)
     return Batch(
         inputs_BT=torch.from_numpy(inputs_BT),
         targets_BT=torch.from_numpy(targets_BT),
         keep_BT=torch.from_numpy(keep_BT),
         loss_BT=torch.from_numpy(loss_BT),
         document_BL=torch.zeros(B, L, dtype=torch.long),
-        neighbors_BLKR=torch.from_numpy(neighbors_BLKR),
-        keep_BLKR=torch.from_numpy(keep_BLKR),
+        neighbors_BLKR=neighbors_BLKR,
+        keep_BLKR=keep_BLKR,
     )
 
 
@@ -185,11 +187,6 @@ class QuestionBatches:
         """Questions of all corpora together."""
         return sum(len(questions) for questions in self._questions)
 
-    @property
-    def num_neighbors(self) -> int:
-        """K at present."""
-        return self.reading.num_passages
-
     def batch(
         self,
         first_sequence: int,
@@ -215,7 +212,7 @@ class QuestionBatches:
         ]
         longest = max((len(source) for row in rows for source in row.sources), default=1)
         R = min(-(-longest // 16) * 16, self.neighbor_len) if self._compact else self.neighbor_len
-        K = max(1, *(len(row.sources) for row in rows), 1) if self._compact else self.reading.num_passages
+        K = _most_sources(rows) if self._compact else self.reading.num_passages
         batch = _packed(rows, self._eos_id, self._chunk_len, K=K, R=R)
         if neighbors == "off":
             batch = replace(batch, neighbors_BLKR=None, keep_BLKR=None)
@@ -315,11 +312,6 @@ class WithReplay:
     def sequences_per_epoch(self) -> int:
         """Questions, in units of which training counts."""
         return self.questions.sequences_per_epoch
-
-    @property
-    def num_neighbors(self) -> int:
-        """K of questions at present."""
-        return self.questions.num_neighbors
 
     @property
     def reading(self) -> Reading:

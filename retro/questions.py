@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from retro import artifact
 from retro.answer import question_prompt, source_text
-from retro.chunks import SPLITS, Int64s, load_array, save_array
+from retro.chunks import SPLITS, Int64s, TrainingData, load_array, save_array
 from retro.errors import ConfigError, FormatError, MismatchError
 from retro.generate import prompt_ids
 from retro.tokenizer import Tokenizer
@@ -258,13 +258,23 @@ def open_questions(folders: Sequence[str]) -> list[QuestionData]:
         MismatchError: They have different tokenizers.
     """
     opened = [QuestionData(Path(folder)) for folder in folders]
+    common_tokenizer(opened)
+    return opened
+
+
+def common_tokenizer(opened: Sequence[TrainingData | QuestionData]) -> Tokenizer:
+    """The tokenizer of all data that one model is trained on.
+
+    Raises:
+        MismatchError: They have different ones.
+    """
     for data in opened[1:]:
         if data.tokenizer.fingerprint != opened[0].tokenizer.fingerprint:
             raise MismatchError(
                 f"{opened[0].folder} and {data.folder} have different tokenizers: they cannot train one model; make one of them "
                 "again with the other's tokenizer"
             )
-    return opened
+    return opened[0].tokenizer
 
 
 def answer_ids(answer: str, tokenizer: Tokenizer) -> list[int]:

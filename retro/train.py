@@ -46,7 +46,7 @@ from retro.metrics import METRICS, Course, Lines, Metrics, read_lines
 from retro.mixture import Mixture, corpus_seed, open_corpora
 from retro.model import Retro
 from retro.question_batches import Curriculum, QuestionBatches, Reading, WithReplay
-from retro.questions import QuestionData, open_questions
+from retro.questions import QuestionData, common_tokenizer, open_questions
 from retro.samples import SAMPLES, SamplePrompt
 from retro.tokenizer import Tokenizer
 
@@ -161,7 +161,7 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
     folders = config.folders if config.task == "lm" else config.replay_folders
     corpora = open_corpora(folders)
     questions = [] if config.task == "lm" else open_questions(config.folders)
-    tokenizer = _common_tokenizer(corpora, questions)
+    tokenizer = common_tokenizer(_opened_data(corpora, questions))
     for data in corpora.values():
         if data.chunk_len != run.model.chunk_len:
             raise MismatchError(
@@ -209,17 +209,6 @@ def _opened_data(
     corpora: dict[str, TrainingData], questions: Sequence[QuestionData]
 ) -> list[TrainingData | QuestionData]:
     return [*corpora.values(), *questions]
-
-
-def _common_tokenizer(corpora: dict[str, TrainingData], questions: Sequence[QuestionData]) -> Tokenizer:
-    opened = _opened_data(corpora, questions)
-    for data in opened[1:]:
-        if data.tokenizer.fingerprint != opened[0].tokenizer.fingerprint:
-            raise MismatchError(
-                f"{opened[0].folder} and {data.folder} have different tokenizers: they cannot train one model; make one of them "
-                "again with the other's tokenizer"
-            )
-    return opened[0].tokenizer
 
 
 def _training_batches(
@@ -465,20 +454,28 @@ def evaluate_loss(
     sums: dict[Retrieval, float] = dict.fromkeys(modes, 0.0)
     tokens = 0
     try:
-        for first in range(0, count, batch_size * ranks.size):
-            begin = first + batch_size * ranks.rank
-            size = max(min(batch_size, count - begin), 0)
+        for first, size, counts in _shares(count, batch_size, ranks):
             for mode in modes:
-                # A rank for which nothing is left goes through the last sequence with the others, and does not count it.
-                batch = batches.batch(min(begin, count - 1), size or 1, neighbors=mode)
+                batch = batches.batch(first, size, neighbors=mode)
                 loss = _loss_sum(model, batch, dtype, ranks).item()
-                sums[mode] += loss if size else 0.0
-            tokens += int(batch.loss_BT.sum()) if size else 0
+                sums[mode] += loss if counts else 0.0
+            tokens += int(batch.loss_BT.sum()) if counts else 0
     finally:
         model.train(was_training)
     total_tokens, *totals = ranks.total(tokens, *sums.values())
     losses = {mode: total / total_tokens for mode, total in zip(modes, totals, strict=True)}
     return Evaluation(losses, int(total_tokens))
+
+
+def _shares(count: int, batch_size: int, ranks: Ranks) -> Iterator[tuple[int, int, bool]]:
+    """This rank's batches of the first `count` sequences: their first one, how many, and whether they count.
+
+    A rank for which nothing is left goes through the last sequence with the others, and does not count it.
+    """
+    for start in range(0, count, batch_size * ranks.size):
+        first = start + batch_size * ranks.rank
+        size = max(min(batch_size, count - first), 0)
+        yield min(first, count - 1), size or 1, size > 0
 
 
 @torch.no_grad()
@@ -512,16 +509,13 @@ def evaluate_answers(
     model.eval()
     loss, tokens, right = 0.0, 0, 0
     try:
-        for first in range(0, count, batch_size * ranks.size):
-            begin = first + batch_size * ranks.rank
-            size = max(min(batch_size, count - begin), 0)
-            # A rank for which nothing is left goes through the last question with the others, and does not count it.
-            batch = with_same_work(batches.batch(min(begin, count - 1), size or 1, neighbors=mode), ranks).to(device)
+        for first, size, counts in _shares(count, batch_size, ranks):
+            batch = with_same_work(batches.batch(first, size, neighbors=mode), ranks).to(device)
             tensors = batch.tensors()
             targets_BT, loss_BT = tensors.pop("targets_BT"), tensors.pop("loss_BT")
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
                 logits_NV = model(**tensors)[loss_BT].float()
-            if size == 0:
+            if not counts:
                 continue
             wrong_BT = torch.zeros_like(loss_BT)
             wrong_BT[loss_BT] = logits_NV.argmax(dim=1) != targets_BT[loss_BT]
