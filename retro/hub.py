@@ -376,11 +376,14 @@ class RetroForCausalLM(PreTrainedModel, RetroGenerationMixin):
     def _initialize_weights(self, module: nn.Module, *_: Any, **__: Any) -> None:
         # Called for every module; what was loaded is marked, and stays.
         if isinstance(module, Retro):
-            loaded = [(p, p.detach().clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+            loaded = [p for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+            if len(loaded) == len(list(module.parameters())):
+                return
+            values = [p.detach().clone() for p in loaded]
             seed = int(torch.randint(2**62, ()))
             module.initialize(torch.Generator(module.embedding.weight.device).manual_seed(seed))
             with torch.no_grad():
-                for parameter, value in loaded:
+                for parameter, value in zip(loaded, values, strict=True):
                     parameter.copy_(value)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, **__: Any) -> None:
