@@ -941,7 +941,8 @@ def _record(
     if parts.device.type == "cuda":
         record["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(parts.device)
         peak = device_peak_flops(torch.cuda.get_device_name(parts.device))
-        if peak is not None and parts.dtype == torch.bfloat16 and parts.run.base is None:
+        counted = parts.run.base is None and not parts.questions  # whose FLOPs follow from seq_len
+        if peak is not None and parts.dtype == torch.bfloat16 and counted:
             record["mfu"] = utilization(parts.run, batch, meter.step_s, peak * parts.ranks.size)
     return record
 
