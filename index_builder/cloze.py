@@ -25,7 +25,7 @@ from index_builder.sentence_index import Article, SentenceIndex, build_sentence_
 from index_builder.sentences import KINDS
 from index_builder.shards import Progress, ShardReader
 from retro.artifact import begin, read_json, write_json, writing
-from retro.chunks import SPLITS, Document, name_hash, save_array, shard_path
+from retro.chunks import SPLITS, name_hash, save_array, shard_path
 from retro.errors import ConfigError, CorpusError, RetroError
 from retro.tokenizer import Tokenizer
 
@@ -245,7 +245,11 @@ def _read(
     reader = ShardReader(
         corpora,
         config.read,
-        make=lambda document: Article(document.title, document.text, _split(document, config)),
+        make=lambda document: Article(
+            document.title,
+            document.text,
+            document.drawn_split(config.seed, config.valid_share, config.test_share),
+        ),
         shard_chars=config.shard_chars,
         rejects_file=rejects,
         wanted=lambda number: not shard_path(shards, number, ".npz").is_file(),
@@ -276,16 +280,6 @@ def _read(
 
 def _write_piece(piece: _Piece) -> None:
     write_shard(piece.path, piece.articles, WORDS)
-
-
-def _split(document: Document, config: ClozeConfig) -> int:
-    """As `retro data` with the same seed and shares."""
-    if document.split:
-        return SPLITS.index(document.split)
-    draw = np.random.default_rng([config.seed, name_hash(document.group)]).random()
-    if draw < config.valid_share:
-        return SPLITS.index("valid")
-    return SPLITS.index("test" if draw < config.valid_share + config.test_share else "train")
 
 
 # --- questions ----------------------------------------------------------------------------------------------------

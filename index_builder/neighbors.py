@@ -312,15 +312,7 @@ def _make_shards(
 
 def tokenized(document: Document, tokenizer: Tokenizer, config: DataConfig) -> TokenizedDocument:
     """Puts a document on its grid; split and lead follow from the seed and the names alone."""
-    draw = np.random.default_rng([config.seed, name_hash(document.group)]).random()
-    if document.split:
-        split = SPLITS.index(document.split)
-    elif draw < config.valid_share:
-        split = SPLITS.index("valid")
-    elif draw < config.valid_share + config.test_share:
-        split = SPLITS.index("test")
-    else:
-        split = SPLITS.index("train")
+    split = document.drawn_split(config.seed, config.valid_share, config.test_share)
     lead = 0
     random = np.random.default_rng([config.seed, 1, name_hash(document.key)])
     if split == SPLITS.index("train") and random.random() < config.lead_share:

@@ -49,6 +49,15 @@ class Document:
     vector: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
     """Made elsewhere [X], for a document that is one chunk; stored with the vectors, not with the document."""
 
+    def drawn_split(self, seed: int, valid_share: float, test_share: float) -> int:
+        """Index into SPLITS: its own split, or one drawn for its group, so that the shares are held out where none is named."""
+        if self.split:
+            return SPLITS.index(self.split)
+        draw = np.random.default_rng([seed, name_hash(self.group)]).random()
+        if draw < valid_share:
+            return SPLITS.index("valid")
+        return SPLITS.index("test" if draw < valid_share + test_share else "train")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passage:
