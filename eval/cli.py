@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from index_builder.cli import open_retriever
 from retro.terminal import (
     SETTINGS,
     AsJson,
@@ -25,7 +26,6 @@ from retro.terminal import (
 
 if TYPE_CHECKING:
     from eval.records import Record
-    from index_builder.search import IndexRetriever
     from retro.chunks import Document
 
 eval_app = typer.Typer(help="Measure a model, an index, or both; figures go into a report's folder.", **SETTINGS)
@@ -95,7 +95,7 @@ def lm(
     )
     places = resolve_devices(device)
     opened = open_for_eval(model, places)
-    retriever = None if index is None else _retriever(index, places, method, where)
+    retriever = None if index is None else open_retriever(index, places, method, where)
     documents = evenly(_documents(corpora, text_field), limit)
     with bars() as progress:
         record, units = measure_language_model(
@@ -243,7 +243,7 @@ def attribution(
     config = AttributionConfig(num_neighbors=k, neighbor_len=neighbor_len, generate=generate)
     places = resolve_devices(device)
     opened = open_for_eval(model, places)
-    retriever = _retriever(index, places, method, where)
+    retriever = open_retriever(index, places, method, where)
     record, units, found = measure_attribution(opened, text, config, retriever=retriever)
     path = _show(record, units, out, as_json=as_json)
     if out is not None and path is not None:
@@ -405,8 +405,8 @@ def qa(
             opened,
             asked,
             config,
-            retriever=None if index is None or k == 0 else _retriever(index, places, method, where),
-            gold=None if gold_index is None else _retriever(gold_index, places, "dense", None),
+            retriever=None if index is None or k == 0 else open_retriever(index, places, method, where),
+            gold=None if gold_index is None else open_retriever(gold_index, places, "dense"),
             prompted=prompted,
             training=training,
             skip_bad=skip_bad,
@@ -537,12 +537,6 @@ def _number(text: str, option: str) -> int:
 def _texts(path: Path) -> list[str]:
     """The field `text` of JSON lines."""
     return [document.text for document in _documents([str(path)], "text")]
-
-
-def _retriever(index: Path, device: str, method: str, where: str | None) -> "IndexRetriever":
-    from index_builder.search import METHODS, IndexRetriever
-
-    return IndexRetriever.open(index, device=device, method=choice(method, METHODS, "--retriever"), where=where)
 
 
 def _keep(record: "Record", units: dict[str, list[Any]] | None, out: Path | None) -> Path | None:

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,6 +32,9 @@ from retro.terminal import (
     resolve_devices,
 )
 
+if TYPE_CHECKING:
+    from index_builder.search import IndexRetriever
+
 index_app = typer.Typer(help="Build, search, change and check an index.", **SETTINGS)
 tokenizer_app = typer.Typer(help="Train a tokenizer.", **SETTINGS)
 plan_app = typer.Typer(help="Sizes, memory and time before anything is started.", **SETTINGS)
@@ -42,6 +45,8 @@ Deduplicate = Annotated[
         help="none; exact: leave out texts that came before; near: also those that share 80% of their 13-grams."
     ),
 ]
+ModelTokenizer = Annotated[str, typer.Option(help="Of the model: a folder, a tokenizer.json, or a name on the hub.")]
+HeldOut = Annotated[float, typer.Option(help="Held out where documents name no split.")]
 MaxMemory = Annotated[str | None, typer.Option(help="What the vector index may take when it is searched, as in 8GiB.")]
 
 
@@ -199,12 +204,8 @@ def index_search(
       retro index search wiki.index "When did the 1973 oil crisis begin?" -k 5 --json
       retro index search wiki.index "oil embargo" --retriever hybrid --where 'title != "1973 oil crisis"'
     """
-    from index_builder.search import METHODS, IndexRetriever
-
     choice(role, ("query", "document"), "--role")
-    retriever = IndexRetriever.open(
-        index, device=resolve_devices(device), method=choice(method, METHODS, "--retriever")
-    )
+    retriever = open_retriever(index, resolve_devices(device), method)
     started = time.perf_counter()
     passages = retriever.retrieve([query], k, role="query" if role == "query" else "document", where=where)[0]
     seconds = time.perf_counter() - started
@@ -442,7 +443,7 @@ def tokenizer_train(
 
 def data(
     corpora: Corpora,
-    tokenizer: Annotated[str, typer.Option(help="Of the model: a folder, a tokenizer.json, or a name on the hub.")],
+    tokenizer: ModelTokenizer,
     index: Annotated[Path, typer.Option(help="Index that the neighbors come from.")],
     out: Annotated[Path, typer.Option(help="Folder of the training data.")],
     k: Annotated[int, typer.Option("-k", help="Neighbors of a chunk.")] = 2,
@@ -461,8 +462,8 @@ def data(
         list[str] | None, typer.Option(help="Nor any that share 13 words in a row with this evaluation corpus.")
     ] = None,
     lead_share: Annotated[float, typer.Option(help="Share of training documents that begin inside a chunk.")] = 0.25,
-    valid_share: Annotated[float, typer.Option(help="Held out where documents name no split.")] = 0.02,
-    test_share: Annotated[float, typer.Option(help="Held out where documents name no split.")] = 0.02,
+    valid_share: HeldOut = 0.02,
+    test_share: HeldOut = 0.02,
     seed: Seed = 0,
     shard_chars: Annotated[int, typer.Option(help="Characters of a shard, the unit of resuming.")] = 2_000_000,
     text_field: TextField = "text",
@@ -484,7 +485,6 @@ def data(
     """
     from index_builder.config import DataConfig
     from index_builder.neighbors import build_training_data
-    from index_builder.search import METHODS, IndexRetriever
     from retro.tokenizer import Tokenizer
 
     config = DataConfig(
@@ -504,9 +504,7 @@ def data(
         read=_read_options(text_field, id_field, title_field, limit, on_error, max_document_chars),
     )
     opened = Tokenizer.load(tokenizer)
-    retriever = IndexRetriever.open(
-        index, device=resolve_devices(device), method=choice(method, METHODS, "--retriever")
-    )
+    retriever = open_retriever(index, resolve_devices(device), method)
     with bars() as progress:
         manifest = build_training_data(
             corpora, out, tokenizer=opened, retriever=retriever, config=config, overwrite=overwrite, progress=progress
@@ -522,7 +520,7 @@ def questions(
     files: Annotated[
         list[str], typer.Argument(help="JSON lines of questions and answers, or of messages.", metavar="FILE...")
     ],
-    tokenizer: Annotated[str, typer.Option(help="Of the model: a folder, a tokenizer.json, or a name on the hub.")],
+    tokenizer: ModelTokenizer,
     index: Annotated[Path, typer.Option(help="Index that the passages come from.")],
     out: Annotated[Path, typer.Option(help="Folder of the question data.")],
     k: Annotated[int, typer.Option("-k", help="Passages that are looked up for a question.")] = 20,
@@ -551,16 +549,13 @@ def questions(
       retro questions talks.jsonl --tokenizer wiki.tok --index wiki.index -k 4 --out chat.questions
     """
     from index_builder.questions import QuestionConfig, build_questions
-    from index_builder.search import METHODS, IndexRetriever
     from retro.tokenizer import Tokenizer
 
     config = QuestionConfig(
         num_passages=k, where=where, others=others, valid_share=valid_share, exclude=tuple(exclude or ()), limit=limit
     )
     opened = Tokenizer.load(tokenizer)
-    retriever = IndexRetriever.open(
-        index, device=resolve_devices(device), method=choice(method, METHODS, "--retriever")
-    )
+    retriever = open_retriever(index, resolve_devices(device), method)
     with bars() as progress:
         manifest = build_questions(
             files, out, tokenizer=opened, retriever=retriever, config=config, overwrite=overwrite, progress=progress
@@ -576,13 +571,13 @@ def questions(
 
 def cloze(
     corpora: Corpora,
-    tokenizer: Annotated[str, typer.Option(help="Of the model: a folder, a tokenizer.json, or a name on the hub.")],
+    tokenizer: ModelTokenizer,
     out: Annotated[Path, typer.Option(help="Folder of the questions.")],
     questions: Annotated[int, typer.Option(help="Questions to make, if the corpus gives as many.")] = 1_000_000,
     candidates: Annotated[int, typer.Option(help="Passages of a question, those with the answer included.")] = 16,
     question_tokens: Annotated[int, typer.Option(help="Longest prompt: one chunk of the model.")] = 64,
-    valid_share: Annotated[float, typer.Option(help="Held out where documents name no split.")] = 0.02,
-    test_share: Annotated[float, typer.Option(help="Held out where documents name no split.")] = 0.02,
+    valid_share: HeldOut = 0.02,
+    test_share: HeldOut = 0.02,
     seed: Seed = 0,
     workers: Annotated[int | None, typer.Option(help="Processes [the number of cores].")] = None,
     shard_chars: Annotated[int, typer.Option(help="Characters of a shard, the unit of resuming.")] = 4_000_000,
@@ -647,6 +642,13 @@ def cloze(
 
 
 # --- shared by the commands ---------------------------------------------------------------------------------------
+
+
+def open_retriever(index: Path, device: str, method: str, where: str | None = None) -> "IndexRetriever":
+    """Opens an index to search it as --retriever and --where say."""
+    from index_builder.search import METHODS, IndexRetriever
+
+    return IndexRetriever.open(index, device=device, method=choice(method, METHODS, "--retriever"), where=where)
 
 
 def _read_options(

@@ -4,12 +4,12 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from eval.cli import eval_app
-from index_builder.cli import cloze, data, index_app, plan_app, questions, tokenizer_app
+from index_builder.cli import cloze, data, index_app, open_retriever, plan_app, questions, tokenizer_app
 from retro.errors import ConfigError, DependencyError, RetroError
 from retro.terminal import (
     SETTINGS,
@@ -529,7 +529,7 @@ def _open_model(model: Path, index: Path | None, device: str, method: str, where
     from retro.checkpoint import load_model
 
     loaded, tokenizer, _ = load_model(model, device)
-    return loaded, tokenizer, None if index is None else _open_retriever(index, device, method, where)
+    return loaded, tokenizer, None if index is None else open_retriever(index, device, method, where)
 
 
 def _open_answerer(
@@ -543,7 +543,7 @@ def _open_answerer(
         from retro.prompted import PromptedModel
 
         parts = {"answer_many": PromptedModel.open(model, device=device).ask_many}
-        retriever = None if index is None else _open_retriever(index, device, method, where)
+        retriever = None if index is None else open_retriever(index, device, method, where)
     else:
         from retro.answer import ask_many
         from retro.attribution import explain
@@ -564,12 +564,6 @@ def _open_answerer(
 
         if name not in METHODS:
             raise ConfigError(f"retriever {name!r} is unknown: use {', '.join(METHODS)}")
-        retriever.method = name
+        retriever.method = cast("Any", name)
 
     return parts | {"retriever": retriever, "set_method": search_by}
-
-
-def _open_retriever(index: Path, device: str, method: str, where: str | None) -> Any:
-    from index_builder.search import METHODS, IndexRetriever
-
-    return IndexRetriever.open(index, device=device, method=choice(method, METHODS, "--retriever"), where=where)
