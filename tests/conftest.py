@@ -7,6 +7,7 @@ import re
 import resource
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -51,15 +52,24 @@ def corpus(paragraphs: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def word_pieces(paragraphs: list[dict[str, Any]]) -> str:
-    """A `tokenizer.json` as of BERT with few entries, which open fast."""
+    """A `tokenizer.json` as of BERT with few entries, which open fast; the same in each run, as one of WordPieceTrainer is not."""
     import tokenizers
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=1500, special_tokens=special, show_progress=False)
-    backend.train_from_iterator([record["text"] for record in paragraphs], trainer)
+    normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    pieces: Counter[str] = Counter()
+    for record in paragraphs:
+        for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(record["text"])):
+            pieces.update([word, *(f"##{word[-length:]}" for length in (2, 3) if len(word) > length)])
+    letters = sorted({letter for piece in pieces for letter in piece.removeprefix("##")})
+    vocab = dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters)])
+    vocab |= dict.fromkeys(sorted(pieces, key=lambda piece: (-pieces[piece], piece))[: 1500 - len(vocab)])
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({piece: number for number, piece in enumerate(vocab)}, unk_token="[UNK]")
+    )
+    backend.normalizer = normalizer
+    backend.pre_tokenizer = pre_tokenizer
     backend.decoder = tokenizers.decoders.WordPiece()
     ids = [(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
     backend.post_processor = tokenizers.processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
