@@ -165,11 +165,18 @@ def find_damage(folder: Path, manifest: dict[str, Any], *, hash_bytes: int | Non
     for name, record in sorted(manifest["files"].items(), key=lambda item: (item[1]["bytes"], item[0])):
         path = folder / name
         hashed += record["bytes"]
-        if not path.is_file():
+        try:  # it may vanish at any time: whoever changes an index removes what its new state does not need
+            size = path.stat().st_size if path.is_file() else None
+            is_same = size == record["bytes"] and not (
+                (hash_bytes is None or hashed <= hash_bytes) and sha256(path) != record["sha256"]
+            )
+        except FileNotFoundError:
+            size, is_same = None, False
+        if size is None:
             yield f"{name} is missing"
-        elif path.stat().st_size != record["bytes"]:
-            yield f"{name} has {path.stat().st_size:,} bytes instead of {record['bytes']:,} (truncated or altered)"
-        elif (hash_bytes is None or hashed <= hash_bytes) and sha256(path) != record["sha256"]:
+        elif size != record["bytes"]:
+            yield f"{name} has {size:,} bytes instead of {record['bytes']:,} (truncated or altered)"
+        elif not is_same:
             yield f"{name} was altered (its SHA-256 differs from the manifest)"
 
 
