@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from index_builder.config import DEFAULT_ENCODER
 from index_builder.openvino_backend import PRECISIONS, Network
+from retro.costs import cpu_has_bfloat16
 from retro.errors import ConfigError, DependencyError, FormatError, MismatchError
 from retro.generate import Role
 from retro.tokenizer import Tokenizer
@@ -466,9 +467,7 @@ def resolve_dtype(dtype: str, device: str) -> str:
         return dtype
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
-    # Without these instructions bfloat16 is emulated, and slower than float32.
-    native = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return "bfloat16" if any(ask is not None and ask() for ask in native) else "float32"
+    return "bfloat16" if cpu_has_bfloat16() else "float32"
 
 
 def _check_backend(backend: str, device: str, dtype: str) -> None:

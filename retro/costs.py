@@ -17,6 +17,12 @@ from retro.model import Retro
 # --- devices --------------------------------------------------------------------------------------------------------
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies in bfloat16; others emulate it, many times slower than float32."""
+    asks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(ask is not None and ask() for ask in asks)
+
+
 class Gpu(NamedTuple):
     """Data sheet."""
 

@@ -38,7 +38,7 @@ from retro.checkpoint import (
 )
 from retro.chunks import TrainingData
 from retro.config import Precision, RunConfig, TrainConfig, config_to_dict
-from retro.costs import device_peak_flops, forward_flops, mfu, training_flops
+from retro.costs import cpu_has_bfloat16, device_peak_flops, forward_flops, mfu, training_flops
 from retro.data import Batch, Batches, Retrieval, prefetched
 from retro.distributed import ALONE, Ranks, joined, rank_device, shard, whole, whole_state, with_same_work
 from retro.errors import ConfigError, MismatchError, TrainingError
@@ -337,6 +337,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     if precision == "auto":
         able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if able else torch.float32
+    if precision == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
+        logger.warning("This CPU only emulates bfloat16, many times slower: use precision = float32")
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 

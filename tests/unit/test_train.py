@@ -247,6 +247,15 @@ def test_precision_is_float32_on_a_cpu_unless_asked_for() -> None:
     assert resolve_precision("bfloat16", cpu) == torch.bfloat16
 
 
+@pytest.mark.parametrize("is_native", [False, True])
+def test_a_cpu_that_emulates_bfloat16_is_warned_of(
+    is_native: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("retro.train.cpu_has_bfloat16", lambda: is_native)
+    resolve_precision("bfloat16", torch.device("cpu"))
+    assert ("only emulates bfloat16" in caplog.text) == (not is_native)
+
+
 def test_batches_of_training_are_permuted_and_those_of_the_other_splits_are_not(run: RunConfig) -> None:
     data = next(iter(setup(run).corpora.values()))
     orders = {}
