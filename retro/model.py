@@ -29,6 +29,8 @@ from retro.config import ModelConfig
 
 LOGITS_PER_PART = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Losses are computed in parts of so many logits: on a CPU they stay in its cache, a GPU is better off with large ones."""
+ENCODED_PER_PART = 1 << 17
+"""On a CPU, without gradients, neighbors are encoded in parts of so many activations, which stay in its cache."""
 
 # --- layers -------------------------------------------------------------------------------------------------------
 
@@ -375,7 +377,21 @@ class Retro(nn.Module):
         """Encoded neighbors [N, K, R, E] of the chunks whose activations are given."""
         assert self.encoder is not None
         table = self.embedding if self.encoder_embedding is None else self.encoder_embedding
-        encoded: Tensor = self.encoder(table(near.tokens_NKR), near.keep_NKR, hidden_NMD, keep_NM)
+        N, K, R = near.tokens_NKR.shape
+        count = N
+        if hidden_NMD.device.type == "cpu" and not torch.is_grad_enabled():
+            count = max(1, min(N, ENCODED_PER_PART // (K * R * self.config.encoder_dim)))
+        parts = [
+            self.encoder(table(tokens_NKR), keep_NKR, few_NMD, few_NM)
+            for tokens_NKR, keep_NKR, few_NMD, few_NM in zip(
+                near.tokens_NKR.split(count),
+                near.keep_NKR.split(count),
+                hidden_NMD.split(count),
+                keep_NM.split(count),
+                strict=True,
+            )
+        ]
+        encoded: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         return encoded
 
     def checkpoint_activations(self, enable: bool = True) -> None:

@@ -118,9 +118,11 @@ def test_arguments_may_be_views_of_larger_tensors() -> None:
     assert torch.equal(hidden_BTD, copies_BTD)
 
 
-def test_encoder_alone_equals_the_oracle() -> None:
+@pytest.mark.parametrize("chunks_per_part", [1, 2, 100])
+def test_encoder_alone_equals_the_oracle(chunks_per_part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(encoder_layers=3)
     M, K, R = config.chunk_len, 3, 7
+    monkeypatch.setattr("retro.model.ENCODED_PER_PART", chunks_per_part * K * R * config.encoder_dim + 1)
     model = make_model(config)
     oracle = Oracle(config, model.state_dict())
     generator = torch.Generator().manual_seed(5)
@@ -133,8 +135,12 @@ def test_encoder_alone_equals_the_oracle() -> None:
     hidden_NMD = torch.randn(N, M, config.dim, generator=generator, dtype=torch.float64)
     keep_NM = torch.rand(N, M, generator=generator) < 0.7
     keep_NM[1] = False
+    read: list[int] = []
+    assert model.encoder is not None
+    model.encoder.register_forward_pre_hook(lambda _, arguments: read.append(len(arguments[0])))
     with torch.no_grad():
         encoded_NKRE = model.encode(near, hidden_NMD, keep_NM)
+    assert read == {1: [1] * 5, 2: [2, 2, 1], 100: [5]}[chunks_per_part]
     table_VE = oracle.weights["encoder_embedding.weight"] * config.encoder_dim**0.5
     expected_NKRE = torch.zeros(N, K, R, config.encoder_dim, dtype=torch.float64)
     for n in range(N):
