@@ -352,7 +352,9 @@ def merge_parts(trained: Path, parts: Sequence[Path], out: Path) -> None:
     empty = struct.pack(_LISTS, b"ilar", num_lists, code_size, b"sprs", 0)
     head_bytes = len(faiss.serialize_index(index)) - len(empty)
     opened = [_ListsOfPart(part, head_bytes, num_lists, code_size) for part in parts]
-    sizes_L = np.sum([part.sizes_L for part in opened], axis=0, dtype=np.uint64)
+    sizes_L = np.zeros(num_lists, np.uint64)
+    for part in opened:
+        sizes_L += part.sizes_L
     index.ntotal = _ivf(index).ntotal = int(sizes_L.sum())
     head = faiss.serialize_index(index).tobytes()
     if not head.endswith(empty):

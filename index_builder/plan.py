@@ -22,7 +22,15 @@ from index_builder.build import make_recipe, open_encoder
 from index_builder.config import BuildConfig
 from index_builder.corpus import describe_corpora
 from index_builder.encoder import Encoder
-from index_builder.index import MIN_TRAIN, RAM_COPY, TRAIN_PER_LIST, IndexPlan, estimate_gpu_memory, plan_index
+from index_builder.index import (
+    MIN_TRAIN,
+    OPQ_BYTES,
+    RAM_COPY,
+    TRAIN_PER_LIST,
+    IndexPlan,
+    estimate_gpu_memory,
+    plan_index,
+)
 from index_builder.lexical import PART_POSTINGS
 from index_builder.sample import CorpusSize, LexicalSample, Rate, Sample
 from index_builder.shards import Progress
@@ -180,12 +188,14 @@ class IndexWork:
     """Files that are merged."""
     fixed_bytes: int = 0
     """Centroids and graph: in memory once, on disk in every part."""
+    sample_bytes: int = 0
+    """The sample: in the memory of a GPU, without one in a file."""
     train_bytes: int = 0
-    """Memory of the sample."""
+    """Memory while it is trained on."""
     add_bytes: int = 0
     """Memory while a part is added."""
     merge_bytes: int = 0
-    """Memory for the sizes of all lists of all parts."""
+    """Memory while parts are merged."""
 
     @classmethod
     def of(cls, index: IndexPlan, n: int, dim: int) -> "IndexWork":
@@ -212,9 +222,12 @@ class IndexWork:
             tune_flop=tune_flop,
             parts=parts,
             fixed_bytes=fixed,
-            train_bytes=4 * sample * (dim + (width if rotated else 0)),
+            sample_bytes=4 * sample * (dim + (width if rotated else 0)),
+            # Of a sample vector its list, distance and place; FAISS copies what OPQ learns from.
+            train_bytes=2 * fixed + 20 * sample + (5 * OPQ_BYTES if rotated else 0),
             add_bytes=fixed + int(min(n, index.part_rows) * index.bytes_per_vector) + 4 * 65_536 * (dim + width),
-            merge_bytes=2 * fixed + 8 * parts * lists if parts > 1 else 0,
+            # The empty index, its bytes, and a copy of them.
+            merge_bytes=3 * fixed + 8 * lists if parts > 1 else 0,
         )
 
 
@@ -341,7 +354,7 @@ def plan_corpus(
     rates, notes, gpu_memory = _planned_rates(encoder, chunk_len, gpu, gpus, cores, chunks_per_s), [], None
     if gpu is not None:
         together = min(gpus, GPUS_OF_A_MACHINE)
-        gpu_memory = work.train_bytes // together + GPU_RESERVE
+        gpu_memory = work.sample_bytes // together + GPU_RESERVE
         if gpu_memory > GPUS[gpu].memory:
             notes.append(
                 f"k-means needs {format_bytes(gpu_memory)} on each of {together} GPUs, which have "
@@ -604,8 +617,8 @@ def _gpu_memory(device: str, work: IndexWork) -> int | None:
     torch.cuda.empty_cache()
     if not work.lists:
         return encoding
-    estimate_gpu_memory(work.train_bytes, device, what="training the index")
-    return max(encoding, work.train_bytes // len(gpus) + GPU_RESERVE)
+    estimate_gpu_memory(work.sample_bytes, device, what="training the index")
+    return max(encoding, work.sample_bytes // len(gpus) + GPU_RESERVE)
 
 
 def _physical_memory() -> int:

@@ -82,8 +82,9 @@ def test_work_on_inverted_lists_is_that_worked_out_by_hand() -> None:
     assert work.train_flop == 8_246_337_208_320  # 2 * 262,144 * 4,096 * 384 * 10
     assert work.assign_flop == 3_145_728_000_000  # 2 * 10^6 * 4,096 * 384
     assert work.graph_searches == 0
-    assert work.train_bytes == 402_653_184  # 262,144 * 384 * 4
-    assert work.merge_bytes == 2 * 6_291_456 + 8 * 4 * 4096
+    assert work.sample_bytes == 402_653_184  # 262,144 * 384 * 4
+    assert work.train_bytes == 2 * 6_291_456 + 20 * 262_144
+    assert work.merge_bytes == 3 * 6_291_456 + 8 * 4096
 
 
 def test_a_rotation_shortens_what_k_means_sees_and_a_graph_replaces_comparisons() -> None:
@@ -99,7 +100,7 @@ def test_a_rotation_shortens_what_k_means_sees_and_a_graph_replaces_comparisons(
     k_means = 2 * work.sample * 65_536 * 128 * 10
     assert work.train_flop == k_means
     assert work.codes_flop == pytest.approx(2e13 * 1024 / 384)
-    assert work.train_bytes == 4 * work.sample * (1024 + 128)
+    assert work.sample_bytes == 4 * work.sample * (1024 + 128)
     assert (work.assign_flop, work.graph_searches, work.parts, work.merge_bytes) == (0, 10**7, 1, 0)
 
 
