@@ -378,20 +378,15 @@ class Retro(nn.Module):
         assert self.encoder is not None
         table = self.embedding if self.encoder_embedding is None else self.encoder_embedding
         N, K, R = near.tokens_NKR.shape
-        count = N
+        count = max(N, 1)
         if hidden_NMD.device.type == "cpu" and not torch.is_grad_enabled():
             count = max(1, min(N, ENCODED_PER_PART // (K * R * self.config.encoder_dim)))
-        parts = [
-            self.encoder(table(tokens_NKR), keep_NKR, few_NMD, few_NM)
-            for tokens_NKR, keep_NKR, few_NMD, few_NM in zip(
-                near.tokens_NKR.split(count),
-                near.keep_NKR.split(count),
-                hidden_NMD.split(count),
-                keep_NM.split(count),
-                strict=True,
-            )
-        ]
-        encoded: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts = []
+        for first in range(0, max(N, 1), count):
+            part = slice(first, first + count)
+            x_NKRE = table(near.tokens_NKR[part])
+            parts.append(self.encoder(x_NKRE, near.keep_NKR[part], hidden_NMD[part], keep_NM[part]))
+        encoded: Tensor = parts[0] if N <= count else torch.cat(parts)
         return encoded
 
     def checkpoint_activations(self, enable: bool = True) -> None:
