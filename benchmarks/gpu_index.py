@@ -27,7 +27,7 @@ def main() -> None:  # noqa: PLR0915 - one measurement from beginning to end
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=384)
-    parser.add_argument("--types", nargs="+", default=["IVF4096,Flat", "IVF4096,SQ8", "OPQ64_256,IVF4096,PQ64"])
+    parser.add_argument("--types", nargs="+", default=["IVF4096,SQfp16", "IVF4096,SQ8", "OPQ64_256,IVF4096,PQ64"])
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     import faiss

@@ -12,6 +12,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,6 +58,8 @@ BATCH = 256
 """Queries that are compared at once in exact search."""
 MANY = 1 << 16
 """Candidates of a batch from which on exact scores decide between them."""
+SCORED_AT_ONCE = 1 << 19
+"""Numbers of stored vectors that a thread scores in one go."""
 GPU_LIMIT = 2048
 """Candidates, and lists searched, of a query on a GPU at most."""
 GPU_OWN = 3 << 29
@@ -148,8 +151,8 @@ def num_lists(num_vectors: int) -> int:
 def plan_index(
     num_vectors: int, dim: int, index_type: str = "auto", *, max_memory: int | None = None, recall: float = 0.95
 ) -> IndexPlan:
-    """The rule: exact search below 50,000 vectors; above, the most accurate of inverted lists of full vectors (4 bytes a number),
-    of 8 bits a number, and of product codes of X/4, X/6, X/8, X/12, X/24 bytes, that fits into the memory allowed.
+    """The rule: exact search below 50,000 vectors; above, the most accurate of inverted lists of whole vectors (in float16, as they
+    are stored), of 8 bits a number, and of product codes of X/4, X/6, X/8, X/12, X/24 bytes, that fits into the memory allowed.
 
     Args:
         num_vectors: N.
@@ -177,7 +180,7 @@ def plan_index(
         return _planned("Flat", reason, num_vectors, dim)
     lists = min(num_lists(num_vectors), 2 ** int(math.log2(max(num_vectors / 39, 1))))
     coarse = f"IVF{lists}_HNSW32" if lists >= HNSW_FROM else f"IVF{lists}"
-    kinds = [(f"{coarse},Flat", "full vectors"), (f"{coarse},SQ8", "8 bits a number")]
+    kinds = [(f"{coarse},SQfp16", "whole vectors in float16"), (f"{coarse},SQ8", "8 bits a number")]
     if recall < 1:
         for size in sorted({dim // n for n in (4, 6, 8, 12, 24) if dim // n}, reverse=True):
             out = size * max(1, min(4, dim // size))
@@ -432,7 +435,7 @@ def _make(factory: str, dim: int, metric: str) -> Any:
     except RuntimeError as error:
         raise ConfigError(
             f"FAISS does not know the index type {factory!r} for {dim} dimensions; "
-            "examples: Flat, IVF1024,Flat, IVF4096,SQ8, OPQ64_256,IVF16384_HNSW32,PQ64"
+            "examples: Flat, IVF1024,SQfp16, IVF4096,SQ8, OPQ64_256,IVF16384_HNSW32,PQ64"
         ) from error
     if _ivf(index) is None:
         raise ConfigError(f"index type {factory!r} has no inverted lists: use Flat, or one with IVF as in IVF4096,SQ8")
@@ -687,16 +690,24 @@ class VectorIndex:
             Numbers of the pairs that are among them, their ranks from 0 on, and their scores, query by query.
         """
         score_P = np.empty(len(row_P), np.float32)
-        step = max(1, (1 << 20) // self.dim)
-        for first in range(0, len(row_P), step):
-            some = slice(first, first + step)
-            q_PX = queries_QX[query_P[some]].astype(np.float64)
+        wide_QX = queries_QX.astype(np.float64)
+
+        def score(some: slice) -> None:
+            q_PX = wide_QX[query_P[some]]
             v_PX = self._vectors.gather(row_P[some]).astype(np.float64)
             if self.metric == "inner product":
                 score_P[some] = np.einsum("px,px->p", v_PX, q_PX)
             else:
                 v_PX -= q_PX
                 score_P[some] = -np.einsum("px,px->p", v_PX, v_PX)
+
+        step = max(1, SCORED_AT_ONCE // self.dim)
+        parts = [slice(first, first + step) for first in range(0, len(row_P), step)]
+        if len(parts) == 1:
+            score(parts[0])
+        elif parts:
+            with ThreadPoolExecutor(max(1, _faiss().omp_get_max_threads())) as threads:
+                list(threads.map(score, parts))
         order = np.lexsort((row_P, -score_P, query_P))
         rank_P = np.arange(len(order)) - np.searchsorted(query_P[order], query_P[order])
         among = rank_P < k
@@ -952,7 +963,7 @@ def _settings(index: VectorIndex) -> Iterator[tuple[int, int]]:
     """Lists to search and candidates to score again, cheapest first."""
     lists = index.num_lists
     code = int(_ivf(index._segments[0]).code_size)
-    rescores = (1,) if code >= 4 * index.dim else (1, 2) if code >= index.dim else (4, 8, 16)
+    rescores = (1,) if code >= 2 * index.dim else (1, 2) if code >= index.dim else (4, 8, 16)
     nprobe = 1
     while True:
         for rescore in rescores:

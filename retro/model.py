@@ -386,7 +386,7 @@ class Retro(nn.Module):
             part = slice(first, first + count)
             x_NKRE = table(near.tokens_NKR[part])
             parts.append(self.encoder(x_NKRE, near.keep_NKR[part], hidden_NMD[part], keep_NM[part]))
-        encoded: Tensor = parts[0] if N <= count else torch.cat(parts)
+        encoded: Tensor = parts[0] if count >= N else torch.cat(parts)
         return encoded
 
     def checkpoint_activations(self, enable: bool = True) -> None:

@@ -40,7 +40,7 @@ Rows = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 METRICS = pytest.mark.parametrize("normalized", [False, True], ids=["L2", "inner product"])
 # In place of OPQ, whose training takes long, mostly PCA: vectors are turned before they come into lists, too.
-APPROXIMATE = ["IVF8,Flat", "IVF8,SQ8", "PCA16,IVF4_HNSW4,PQ8x4"]
+APPROXIMATE = ["IVF8,Flat", "IVF8,SQfp16", "IVF8,SQ8", "PCA16,IVF4_HNSW4,PQ8x4"]
 TURNED = "OPQ4_16,IVF4_HNSW4,PQ4x4"
 
 
@@ -741,17 +741,17 @@ def test_too_few_vectors_to_train_are_refused(tmp_path: Path) -> None:
         (0, 384, None, "Flat", 0),
         (49_999, 384, None, "Flat", 49_999 * 384 * 4),
         # 4 sqrt(50,000) is 894; the nearest power of two, by ratio, is 1024. A row number takes 8 bytes, a centroid 4 * 384.
-        (50_000, 384, None, "IVF1024,Flat", 50_000 * (1536 + 8) + 1024 * 1536),
-        (1_000_000, 384, None, "IVF4096,Flat", 1_000_000 * 1544 + 4096 * 1536),
-        (1_000_000, 384, 1_550_291_456, "IVF4096,Flat", 1_550_291_456),
-        (1_000_000, 384, 1_550_291_455, "IVF4096,SQ8", 1_000_000 * (384 + 8) + 4096 * 1536),
+        (50_000, 384, None, "IVF1024,SQfp16", 50_000 * (768 + 8) + 1024 * 1536),
+        (1_000_000, 384, None, "IVF4096,SQfp16", 1_000_000 * 776 + 4096 * 1536),
+        (1_000_000, 384, 782_291_456, "IVF4096,SQfp16", 782_291_456),
+        (1_000_000, 384, 782_291_455, "IVF4096,SQ8", 1_000_000 * (384 + 8) + 4096 * 1536),
         (1_000_000, 384, 384_000_000, "OPQ96_384,IVF4096,PQ96", 1_000_000 * (96 + 8) + 4096 * 1536),
         # 96 codes would take 110 MB. 64 codes of four numbers: centroids have 256.
         (1_000_000, 384, 100_000_000, "OPQ64_256,IVF4096,PQ64", 1_000_000 * (64 + 8) + 4096 * 1024),
         # Exact search of few vectors that do not fit: 40,000 KB. 4 sqrt(10,000) is 400, so 512 lists; 39 vectors each allow 256.
-        (10_000, 1000, 39_999_999, "IVF256,SQ8", 10_000 * 1008 + 256 * 4000),
-        # 4 sqrt(32,000,000) is 22,627, less than 2 ** 14.5; a graph has 64 neighbors of 4 bytes. 8 bits a number fit into 8 GiB.
-        (32_000_000, 128, None, "IVF16384_HNSW32,SQ8", 32_000_000 * (128 + 8) + 16384 * (512 + 256)),
+        (10_000, 1000, 39_999_999, "IVF256,SQfp16", 10_000 * 2008 + 256 * 4000),
+        # 4 sqrt(32,000,000) is 22,627, less than 2 ** 14.5; a graph has 64 neighbors of 4 bytes.
+        (32_000_000, 128, None, "IVF16384_HNSW32,SQfp16", 32_000_000 * (256 + 8) + 16384 * (512 + 256)),
         # 4 sqrt(19e9) is 551,362. 72 bytes a vector would be 1.37e12, a TiB is 1.10e12.
         (
             19_000_000_000,
@@ -769,6 +769,19 @@ def test_the_kind_of_index_follows_from_number_width_and_memory(
     assert (plan.factory, plan.memory_bytes) == (factory, memory)
     assert f"{num_vectors:,} vectors" in plan.reason
     assert max_memory is None or memory <= max_memory
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_scores_do_not_depend_on_how_many_are_computed_at_once(
+    normalized: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors_NX = make_vectors(400, 24)
+    index = open_index(tmp_path / "i", vectors_NX, "IVF8,SQfp16", normalized=normalized, nprobe=8)
+    scores_QK, rows_QK = index.search(vectors_NX[:50], 7)
+    monkeypatch.setattr("index_builder.index.SCORED_AT_ONCE", 24 * 5)
+    again_QK, same_QK = index.search(vectors_NX[:50], 7)
+    assert np.array_equal(scores_QK, again_QK)
+    assert np.array_equal(rows_QK, same_QK)
 
 
 @pytest.mark.parametrize(
@@ -801,7 +814,7 @@ def test_the_kind_of_index_follows_from_number_width_and_memory(
 )
 def test_the_most_accurate_index_that_fits_is_taken(dim: int, kinds: list[str]) -> None:
     n = 1_000_000
-    factories = ["IVF4096,Flat", "IVF4096,SQ8", *(kind.format("IVF4096") for kind in kinds)]
+    factories = ["IVF4096,SQfp16", "IVF4096,SQ8", *(kind.format("IVF4096") for kind in kinds)]
     sizes = []
     for factory in factories:
         whole = faiss.index_factory(dim, factory)
@@ -853,7 +866,7 @@ def test_an_unknown_kind_of_index_is_refused_with_examples(factory: str) -> None
         plan_index(500, 12, factory)
     assert str(caught.value) == (
         f"FAISS does not know the index type {factory!r} for 12 dimensions; "
-        "examples: Flat, IVF1024,Flat, IVF4096,SQ8, OPQ64_256,IVF16384_HNSW32,PQ64"
+        "examples: Flat, IVF1024,SQfp16, IVF4096,SQ8, OPQ64_256,IVF16384_HNSW32,PQ64"
     )
 
 
