@@ -525,13 +525,15 @@ def sample(log_probs_V: Tensor, config: GenerateConfig, generator: torch.Generat
     """Draws a token from log-probabilities (natural logarithm, float32, on the CPU)."""
     if config.temperature == 0:
         return int(log_probs_V.argmax())
-    scaled_V = torch.log_softmax(log_probs_V / config.temperature, dim=-1)
+    # The best one becomes 0, so that no temperature is too low to divide by.
+    scaled_V = torch.log_softmax((log_probs_V - log_probs_V.max()).double() / config.temperature, dim=-1)
     if 0 < config.top_k < scaled_V.numel():
         lowest = scaled_V.topk(config.top_k).values[-1]
         scaled_V = scaled_V.masked_fill(scaled_V < lowest, -torch.inf)
     if config.top_p < 1:
         ordered_V, order_V = torch.softmax(scaled_V, dim=-1).sort(descending=True, stable=True)
         beyond_V = ordered_V.cumsum(0) - ordered_V >= config.top_p
+        beyond_V[0] = False
         scaled_V = scaled_V.index_fill(0, order_V[beyond_V], -torch.inf)
     return int(torch.multinomial(torch.softmax(scaled_V, dim=-1), 1, generator=generator))
 

@@ -462,6 +462,14 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another() -> None:
     assert texts[0] != texts[2]
 
 
+@pytest.mark.parametrize(
+    "changes", [{"temperature": 1e-320}, {"temperature": 1e-40}, {"temperature": 5.0, "top_p": 1e-300}]
+)
+def test_settings_near_zero_choose_the_most_probable(changes: dict[str, float]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    assert {sample(LOG_PROBS, settings(**changes), generator) for _ in range(20)} == {int(LOG_PROBS.argmax())}
+
+
 def test_log_probabilities_are_those_at_temperature_1() -> None:
     model = random_model(1)
     config = settings(temperature=0.3, top_k=5, num_neighbors=0, max_new_tokens=7)
