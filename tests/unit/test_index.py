@@ -777,9 +777,9 @@ def test_scores_do_not_depend_on_how_many_are_computed_at_once(
 ) -> None:
     vectors_NX = make_vectors(400, 24)
     index = open_index(tmp_path / "i", vectors_NX, "IVF8,SQfp16", normalized=normalized, nprobe=8)
-    scores_QK, rows_QK = index.search(vectors_NX[:50], 7)
+    scores_QK, rows_QK = index.search(vectors_NX[:50].astype(np.float32), 7)
     monkeypatch.setattr("index_builder.index.SCORED_AT_ONCE", 24 * 5)
-    again_QK, same_QK = index.search(vectors_NX[:50], 7)
+    again_QK, same_QK = index.search(vectors_NX[:50].astype(np.float32), 7)
     assert np.array_equal(scores_QK, again_QK)
     assert np.array_equal(rows_QK, same_QK)
 
