@@ -8,6 +8,7 @@ they are scored again from the stored vectors: the score of a document depends n
 import logging
 import math
 import mmap
+import os
 import struct
 import tempfile
 import time
@@ -463,6 +464,18 @@ def _read(path: Path, *, mapped: bool = False) -> Any:
         raise FormatError(f"{path} is no FAISS index or is damaged: build it again (--overwrite)") from error
 
 
+def _stop_prefetching(index: Any) -> None:
+    """Keeps FAISS from starting threads that touch the lists of every search beforehand, which pays for what is not in memory."""
+    lists = _faiss().downcast_InvertedLists(_ivf(index).invlists)
+    if hasattr(lists, "prefetch_nthread"):
+        lists.prefetch_nthread = 0
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 # --- searching it ---------------------------------------------------------------------------------------------------
 
 
@@ -536,6 +549,9 @@ class VectorIndex:
                     f"{record['rows']:,} of {vectors.dim}: build the index again (--overwrite)"
                 )
             segments.append(segment)
+        if sum((folder / record["file"]).stat().st_size for record in description["segments"]) <= _memory() // 2:
+            for segment in segments:
+                _stop_prefetching(segment)
         if sum(segment.ntotal for segment in segments) > len(vectors):
             raise FormatError(f"{folder} has more rows than there are vectors: build the index again (--overwrite)")
         opened = cls(vectors, segments, description, dead_N, RAM_COPY if max_memory is None else max_memory)

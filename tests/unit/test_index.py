@@ -771,6 +771,21 @@ def test_the_kind_of_index_follows_from_number_width_and_memory(
     assert max_memory is None or memory <= max_memory
 
 
+@pytest.mark.parametrize("memory", [1 << 40, 1000])
+def test_lists_are_fetched_beforehand_only_where_memory_cannot_hold_them(
+    memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index_builder.index._memory", lambda: memory)
+    vectors_NX = make_vectors(400, 24)
+    index = open_index(tmp_path / "i", vectors_NX, "IVF8,SQfp16", num_parts=2, nprobe=8)
+    assert index._segments
+    for segment in index._segments:
+        ivf: Any = faiss.extract_index_ivf(segment)
+        lists: Any = faiss.downcast_InvertedLists(ivf.invlists)
+        assert (lists.prefetch_nthread == 0) == (memory > 1000)
+    assert index.search(vectors_NX[:50].astype(np.float32), 1)[1][:, 0].tolist() == list(range(50))
+
+
 @pytest.mark.parametrize("normalized", [True, False])
 def test_scores_do_not_depend_on_how_many_are_computed_at_once(
     normalized: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
