@@ -287,6 +287,11 @@ class Encoder:
         return vectors_QX, num_cut
 
     @property
+    def is_shareable(self) -> bool:
+        """Whether several threads may encode at once: their texts meet in nothing but a fast tokenizer and a forward pass."""
+        return self._cutting is not None and all(layout is not None for layout in self._layouts.values())
+
+    @property
     def _on_cpu(self) -> bool:
         return bool(self._model.device.type == "cpu")
 

@@ -25,6 +25,7 @@ import pytest
 from commands import command, refused
 from servers import ADMIN, OTHER, USER, Running, Start, starting, talkative_model, wait_until
 
+from index_builder.encoder import Encoder
 from index_builder.live import add_documents
 from index_builder.search import IndexRetriever
 from retro.answer import ask, ask_many, passage_text
@@ -33,6 +34,8 @@ from retro.chat import chat_prompt
 from retro.checkpoint import load_model, save_model
 from retro.config import GenerateConfig
 from retro.generate import Prompt, generate, prompt_ids
+from retro.serve.library import Library, Question
+from retro.serve.metrics import Metrics
 from retro.tokenizer import Tokenizer
 
 one_thread = pytest.fixture(autouse=True)(builders.one_thread)
@@ -54,6 +57,37 @@ def running(start: Start) -> Iterator[Running]:
     """A server whose index no test changes."""
     with start() as one:
         yield one
+
+
+@pytest.mark.parametrize("is_shareable", [True, False])
+def test_a_question_is_encoded_beside_the_chunks_of_a_sequence(
+    is_shareable: bool, tiny_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Encoder, "is_shareable", is_shareable)
+    library = Library({"tiny": tiny_index}, Metrics(), device="cpu", where=None)
+    wanted, encode = Question(3, "dense", None), Encoder.encode
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(encoder: Encoder, texts: Any, role: Any) -> Any:
+        if role == "document":
+            begun.set()
+            assert go_on.wait(60)
+        return encode(encoder, texts, role)
+
+    monkeypatch.setattr(Encoder, "encode", slow)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        chunk = threads.submit(library.find, [QUESTION], wanted, "document")
+        assert begun.wait(60)
+        asked = threads.submit(library.find, [QUESTION], wanted, "query")
+        if is_shareable:
+            assert len(asked.result(60)[0]) == 3
+        else:
+            concurrent.futures.wait([asked], 0.3)
+            assert not asked.done()
+        assert not chunk.done()
+        go_on.set()
+        assert [len(few) for few in (*chunk.result(60), *asked.result(60))] == [3, 3]
+    library.close()
 
 
 def retro_of(reply: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -521,6 +522,14 @@ def test_texts_are_tokenized_once(tiny: Encoder, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delattr(type(tiny._model), "encode")
     monkeypatch.setattr(type(tiny._model[0]), "preprocess", None)
     np.testing.assert_array_equal(tiny.encode(TEXTS, "document"), want)
+
+
+def test_several_threads_encode_as_one(tiny: Encoder) -> None:
+    texts = [[f"The {number}th price of oil" + " and gas" * (number % 7)] * 3 for number in range(40)]
+    assert tiny.is_shareable
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda few: tiny.encode(few, "query"), texts))
+    assert all(np.array_equal(tiny.encode(few, "query"), made) for few, made in zip(texts, together, strict=True))
 
 
 def test_batches_of_long_texts_are_smaller(make_encoder: Callable[..., Path], tmp_path: Path) -> None:
