@@ -21,6 +21,8 @@ from retro.tokenizer import Tokenizer
 PREFILL_SLOTS = 1 << 14
 """Of new prompts, those are read in one call that have together at most so many slots, or one: it bounds memory, and how long the
 others wait."""
+SEARCHED_AT_ONCE = 16
+"""Rows whose passages are looked up in one search."""
 WINDOW = 8
 """Tokens of a prompt that are decoded together with the first new one: a character may be spread over four."""
 Role = Literal["document", "query"]
@@ -387,26 +389,25 @@ class Decoder:
         return failed
 
     def _begin_searches(self) -> None:
-        """Asks for the passages of all rows that finish a chunk with the next call: one search for each number of neighbors and
-        each retriever."""
+        """Asks for the passages of all rows that finish a chunk with the next call, those of equal numbers of neighbors and
+        retrievers together, some at a time: whose passages are found is read while others are still looked up."""
         M = self.model.config.chunk_len
-        chunks: dict[tuple[int, Retriever | None], list[tuple[list[int], int, int]]] = {}
         asking: dict[tuple[int, Retriever | None], list[Row]] = {}
         for row in self.rows:
             K = row.config.num_neighbors
-            if K == 0 or row.search is not None or row.prompt.passages is not None:
-                continue
-            ending = row.ending(M)
-            if ending:
-                spans = chunks.setdefault((K, row.retriever), [])
-                row.first_result = len(spans)
-                spans += [(list(row.ids), max(c * M - row.lead, 0), (c + 1) * M - row.lead) for c in ending]
+            if K and row.search is None and row.prompt.passages is None and row.ending(M):
                 asking.setdefault((K, row.retriever), []).append(row)
         for (K, retriever), rows in asking.items():
             assert retriever is not None
-            search = self._searcher.submit(find_passages, self.tokenizer, retriever, K, chunks[K, retriever])
-            for row in rows:
-                row.search = search
+            for first in range(0, len(rows), SEARCHED_AT_ONCE):
+                some = rows[first : first + SEARCHED_AT_ONCE]
+                spans: list[tuple[list[int], int, int]] = []
+                for row in some:
+                    row.first_result = len(spans)
+                    spans += [(list(row.ids), max(c * M - row.lead, 0), (c + 1) * M - row.lead) for c in row.ending(M)]
+                search = self._searcher.submit(find_passages, self.tokenizer, retriever, K, spans)
+                for row in some:
+                    row.search = search
 
     def _texts(self, row: Row) -> list[list[str]]:
         """What the neighbors of the chunks that the next call finishes say."""

@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections import Counter
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import builders
 import pytest
@@ -278,6 +279,31 @@ def test_a_row_that_has_ended_asks_nothing_more() -> None:
     # "v" goes on with "wxyz" and EOS, which fills a chunk that nobody reads any more.
     assert [r.text for r in results] == ["bcdefghijklm", "wxyz"]
     assert library.calls == [["a", "v"], ["bcdef"], ["ghijk"]]
+
+
+def test_some_rows_are_read_while_the_passages_of_others_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retro.generate.SEARCHED_AT_ONCE", 2)
+    model, go_on = random_model(2), threading.Event()
+    config = settings(max_new_tokens=3)
+    plain = Library()
+    alone = [generate(model, tokenizer(), [letter], config, retriever=plain)[0] for letter in "abcde"]
+
+    class Slow(Library):
+        def retrieve(self, queries: Sequence[str], k: int, **options: Any) -> list[list[Passage]]:
+            assert not self.calls or go_on.wait(60)
+            return super().retrieve(queries, k, **options)
+
+    library = Slow()
+    with Decoder(model, tokenizer(), library) as decoder:
+        rows = [decoder.add(Prompt(prompt_ids(letter, tokenizer())), config) for letter in "abcde"]
+        decoder.step()
+        assert [len(row.result.ids) for row in rows] == [1, 1, 0, 0, 0]
+        go_on.set()
+        while decoder.rows:
+            decoder.step()
+    assert [len(call) for call in library.calls] == [2, 2, 1]
+    assert [row.result.ids for row in rows] == [one.ids for one in alone]
+    assert [row.result.retrieved for row in rows] == [one.retrieved for one in alone]
 
 
 @pytest.mark.parametrize("num_neighbors", [0, 2])
