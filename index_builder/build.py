@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -37,9 +36,6 @@ logger = logging.getLogger(__name__)
 READ_COUNTS = "documents/counts.json"
 PART = "index part"
 """Kind of the artifact that `--shard i/n` makes."""
-SHAPES_KEPT = 64
-"""Matrix products that torch keeps compiled on a CPU, one for each shape. It would keep 1,024: texts of all lengths in batches of
-all sizes took 0.6 GiB after 15 shards (bfloat16); with 64 they take 0.1 GiB, for the same vectors in the same time."""
 
 
 def build_index(
@@ -198,15 +194,8 @@ def verify_index(folder: Path) -> list[str]:
 # --- the stages, for builds on one machine, on a cluster and for live changes ---------------------------------------
 
 
-def keep_few_shapes() -> None:
-    """Bounds the memory of a process that encodes a corpus; to be called before it encodes for the first time."""
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # of oneDNN, and of torch on top of it
-        os.environ.setdefault(name, str(SHAPES_KEPT))
-
-
 def open_encoder(config: BuildConfig, device: str) -> Encoder:
     """The encoder that a configuration names."""
-    keep_few_shapes()
     return Encoder.open(
         config.encoder,
         revision=config.revision,

@@ -19,7 +19,6 @@ from index_builder.build import (
     encode_shard,
     files_of,
     index_stage,
-    keep_few_shapes,
     key_texts,
     lexical_stage,
     open_vectors,
@@ -213,7 +212,6 @@ class _Change:
 
     def encoder(self) -> Encoder:
         if self._encoder is None:
-            keep_few_shapes()
             self._encoder = Encoder.reopen(
                 self.manifest["encoder"],
                 device=self.device,
