@@ -471,9 +471,13 @@ def _stop_prefetching(index: Any) -> None:
         lists.prefetch_nthread = 0
 
 
-def _memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def physical_memory() -> int:
+    """Bytes of this machine, or of the group of processes that this one is confined to."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    group = Path("/sys/fs/cgroup/memory.max")
+    if group.is_file() and (limit := group.read_text(encoding="ascii").strip()).isdigit():
+        limits.append(int(limit))
+    return min(limits)
 
 
 # --- searching it ---------------------------------------------------------------------------------------------------
@@ -549,7 +553,10 @@ class VectorIndex:
                     f"{record['rows']:,} of {vectors.dim}: build the index again (--overwrite)"
                 )
             segments.append(segment)
-        if sum((folder / record["file"]).stat().st_size for record in description["segments"]) <= _memory() // 2:
+        if (
+            sum((folder / record["file"]).stat().st_size for record in description["segments"])
+            <= physical_memory() // 2
+        ):
             for segment in segments:
                 _stop_prefetching(segment)
         if sum(segment.ntotal for segment in segments) > len(vectors):

@@ -29,6 +29,7 @@ from index_builder.index import (
     TRAIN_PER_LIST,
     IndexPlan,
     estimate_gpu_memory,
+    physical_memory,
     plan_index,
 )
 from index_builder.lexical import PART_POSTINGS
@@ -529,7 +530,7 @@ def measure_build(
     )
     _refuse_beyond(plan.disk_building, plan.disk_free, f"building {folder}", "Make room, or choose another --out")
     _refuse_beyond(
-        plan.ram_building, _physical_memory(), "building", "Take a machine with more memory, or a smaller --index-type"
+        plan.ram_building, physical_memory(), "building", "Take a machine with more memory, or a smaller --index-type"
     )
     return plan
 
@@ -619,12 +620,3 @@ def _gpu_memory(device: str, work: IndexWork) -> int | None:
         return encoding
     estimate_gpu_memory(work.sample_bytes, device, what="training the index")
     return max(encoding, work.sample_bytes // len(gpus) + GPU_RESERVE)
-
-
-def _physical_memory() -> int:
-    """Bytes of this machine, or of the group of processes that this one is confined to."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    group = Path("/sys/fs/cgroup/memory.max")
-    if group.is_file() and (limit := group.read_text(encoding="ascii").strip()).isdigit():
-        limits.append(int(limit))
-    return min(limits)

@@ -167,16 +167,15 @@ def find_damage(folder: Path, manifest: dict[str, Any], *, hash_bytes: int | Non
         hashed += record["bytes"]
         try:  # it may vanish at any time: whoever changes an index removes what its new state does not need
             size = path.stat().st_size if path.is_file() else None
-            is_same = size == record["bytes"] and not (
-                (hash_bytes is None or hashed <= hash_bytes) and sha256(path) != record["sha256"]
-            )
+            is_hashed = size == record["bytes"] and (hash_bytes is None or hashed <= hash_bytes)
+            digest = sha256(path) if is_hashed else record["sha256"]
         except FileNotFoundError:
-            size, is_same = None, False
+            size = None
         if size is None:
             yield f"{name} is missing"
         elif size != record["bytes"]:
             yield f"{name} has {size:,} bytes instead of {record['bytes']:,} (truncated or altered)"
-        elif not is_same:
+        elif digest != record["sha256"]:
             yield f"{name} was altered (its SHA-256 differs from the manifest)"
 
 

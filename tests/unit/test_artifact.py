@@ -263,6 +263,27 @@ def test_the_smallest_files_are_hashed_first_and_the_largest_on_demand_only(fini
     assert list(find_damage(finished, manifest)) == altered
 
 
+def test_a_file_that_vanishes_while_it_is_checked_is_missing(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, path = json.loads((finished / "manifest.json").read_bytes()), finished / "tokenizer.json"
+    content, read, is_file = path.read_bytes(), artifact.sha256, Path.is_file
+
+    def gone_before_reading(asked: Path) -> str:
+        path.unlink(missing_ok=True)
+        return read(asked)
+
+    def gone_after_a_look(asked: Path) -> bool:
+        found = is_file(asked)
+        path.unlink(missing_ok=True)
+        return found
+
+    for owner, name, instead in ((artifact, "sha256", gone_before_reading), (Path, "is_file", gone_after_a_look)):
+        path.write_bytes(content)
+        only = manifest | {"files": {"tokenizer.json": manifest["files"]["tokenizer.json"]}}
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, instead)
+            assert list(find_damage(finished, only)) == ["tokenizer.json is missing"]
+
+
 def test_every_damaged_file_is_found(finished: Path) -> None:
     manifest = json.loads((finished / "manifest.json").read_bytes())
     assert list(find_damage(finished, manifest)) == []

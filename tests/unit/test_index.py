@@ -775,7 +775,7 @@ def test_the_kind_of_index_follows_from_number_width_and_memory(
 def test_lists_are_fetched_beforehand_only_where_memory_cannot_hold_them(
     memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("index_builder.index._memory", lambda: memory)
+    monkeypatch.setattr("index_builder.index.physical_memory", lambda: memory)
     vectors_NX = make_vectors(400, 24)
     index = open_index(tmp_path / "i", vectors_NX, "IVF8,SQfp16", num_parts=2, nprobe=8)
     assert index._segments
