@@ -380,13 +380,13 @@ class Retro(nn.Module):
         N, K, R = near.tokens_NKR.shape
         count = max(N, 1)
         if hidden_NMD.device.type == "cpu" and not torch.is_grad_enabled():
-            count = max(1, min(N, ENCODED_PER_PART // (K * R * self.config.encoder_dim)))
+            count = max(ENCODED_PER_PART // (K * R * self.config.encoder_dim), 1)
         parts = []
         for first in range(0, max(N, 1), count):
             part = slice(first, first + count)
             x_NKRE = table(near.tokens_NKR[part])
             parts.append(self.encoder(x_NKRE, near.keep_NKR[part], hidden_NMD[part], keep_NM[part]))
-        encoded: Tensor = parts[0] if count >= N else torch.cat(parts)
+        encoded: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         return encoded
 
     def checkpoint_activations(self, enable: bool = True) -> None:
