@@ -534,7 +534,6 @@ def sample(log_probs_V: Tensor, config: GenerateConfig, generator: torch.Generat
     if config.top_p < 1:
         ordered_V, order_V = torch.softmax(scaled_V, dim=-1).sort(descending=True, stable=True)
         beyond_V = ordered_V.cumsum(0) - ordered_V >= config.top_p
-        beyond_V[0] = False
         scaled_V = scaled_V.index_fill(0, order_V[beyond_V], -torch.inf)
     return int(torch.multinomial(torch.softmax(scaled_V, dim=-1), 1, generator=generator))
 
