@@ -127,8 +127,8 @@ def small_encoder(folder: Path) -> str:
     import transformers
     from sentence_transformers.sentence_transformer import modules
 
-    from index_builder.config import DEFAULT_ENCODER
     from index_builder.encoder import Encoder
+    from retro.config import DEFAULT_ENCODER
 
     default = Encoder.open(DEFAULT_ENCODER)
     tokenizer = transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]

@@ -105,7 +105,8 @@ def index_build(
       retro index build wiki.jsonl --out large.index --max-memory 2GiB --dry-run
       retro index build wiki.jsonl --out part0.index --shard 0/2
     """
-    from index_builder.config import DEFAULT_ENCODER, BuildConfig
+    from index_builder.config import BuildConfig
+    from retro.config import DEFAULT_ENCODER
 
     config = BuildConfig(
         encoder=encoder or DEFAULT_ENCODER,

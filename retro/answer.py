@@ -4,6 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
 from retro.chunks import Passage
 from retro.config import GenerateConfig
 from retro.errors import ConfigError
@@ -91,20 +94,41 @@ def to_answer(
     passages: Sequence[Passage],
     generation: Generation,
     *,
+    tokenizer: Tokenizer | None = None,
     prompt_tokens: int = 0,
     context_passages: int = 0,
 ) -> Answer:
-    """A continuation of `answer_prompt` as an answer."""
+    """A continuation of `answer_prompt` as an answer.
+
+    Where the tokenizer does not keep texts as they are written (case, accents, spaces), the answer is written as the first passage
+    writes it that has its tokens.
+    """
     mean = sum(generation.log_probs) / max(len(generation.log_probs), 1)
+    text = generation.text.strip()
+    if tokenizer is not None and not tokenizer.keeps_text:
+        text = _as_written(generation.ids[: len(generation.ids) - generation.finished], passages, tokenizer) or text
     return Answer(
         question=question,
-        text=generation.text.strip(),
+        text=text,
         confidence=math.exp(mean),
         passages=list(passages),
         generation=generation,
         prompt_tokens=prompt_tokens,
         context_passages=context_passages,
     )
+
+
+def _as_written(ids: Sequence[int], passages: Sequence[Passage], tokenizer: Tokenizer) -> str | None:
+    """Tokens as a passage writes them; None where none has them."""
+    wanted = np.asarray(ids)
+    for passage in passages if len(wanted) else ():
+        text = passage.full_text
+        found = tokenizer.encode(text)
+        if len(found.ids) >= len(wanted):
+            places = np.flatnonzero((sliding_window_view(found.ids, len(wanted)) == wanted).all(axis=1))
+            if len(places):
+                return text[found.spans[places[0], 0] : found.spans[places[0] + len(wanted) - 1, 1]]
+    return None
 
 
 def answer_config(num_neighbors: int = 10, max_new_tokens: int = 32) -> GenerateConfig:
@@ -147,7 +171,14 @@ def ask_many(
     ]
     made = generate(model, tokenizer, prompts, config, retriever=None, on_token=on_token)
     return [
-        to_answer(question, few, generation, prompt_tokens=len(prompt.ids), context_passages=context)
+        to_answer(
+            question,
+            few,
+            generation,
+            tokenizer=tokenizer,
+            prompt_tokens=len(prompt.ids),
+            context_passages=context,
+        )
         for question, few, generation, prompt in zip(questions, read, made, prompts, strict=True)
     ]
 

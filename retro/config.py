@@ -22,7 +22,12 @@ NeighborPart = Literal["both", "chunk", "continuation"]
 Positions = Literal["rotary", "relative"]
 Quantization = Literal["none", "8bit", "4bit"]
 Task = Literal["lm", "qa", "chat"]
+EncoderKind = Literal["own", "bert"]
 ConfigT = TypeVar("ConfigT")
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+"""An installed package holds it: it needs no hub."""
+BERT_POSITIONS = 512
+"""Tokens that model.encoder = "bert" reads at once, chunk and neighbor together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +58,9 @@ class ModelConfig:
     """Width of one encoder head; even."""
     encoder_ffw_dim: int
     """Inner width of the encoder's feed-forward."""
+    encoder: EncoderKind = "own"
+    """own: the paper's neighbor encoder. bert: the network of a pretrained encoder, with the decoder's chunk in front of each
+    neighbor (retro/bert.py); needs tie_embeddings."""
     chunk_len: int = 64
     """M: slots of a chunk (m)."""
     tie_embeddings: bool = True
@@ -100,6 +108,15 @@ class ModelConfig:
                 f"tie_embeddings needs dim = encoder_dim, got {self.dim} and {self.encoder_dim}: "
                 "make them equal or set tie_embeddings = false"
             )
+        if self.encoder == "bert" and not self.tie_embeddings:
+            raise ConfigError(
+                "encoder = 'bert' has its table of tokens for the decoder, too: set tie_embeddings = true"
+            )
+        if self.encoder == "bert" and self.encoder_heads * self.encoder_head_dim != self.encoder_dim:
+            raise ConfigError(
+                f"encoder = 'bert': {self.encoder_heads} heads of {self.encoder_head_dim} do not make encoder_dim = "
+                f"{self.encoder_dim}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +127,9 @@ class TrainConfig:
     """lm: to go on with text. qa: to answer questions from passages. chat: likewise, with the messages of a conversation before."""
     init: str = ""
     """Folder of a model whose weights are those to begin with, of the same sizes. Empty: random weights."""
+    encoder: str = ""
+    """A pretrained encoder (folder or name on the hub) whose weights and table of tokens are those to begin with, where
+    model.encoder = "bert" and there is no `init`. Training data have its tokenizer. Empty: random weights."""
     data: str | tuple[str, ...] = ""
     """Folder made by `retro data` (qa, chat: by `retro cloze` or `retro questions`), or several, which are mixed by sequences."""
     data_weights: tuple[float, ...] = ()
@@ -134,6 +154,8 @@ class TrainConfig:
     """Highest rate, reached after the warm-up."""
     final_learning_rate: float = 1e-4
     """Rate at the last step of the cosine."""
+    encoder_rate: float = 1.0
+    """The neighbor encoder's rate as a share of the others': pretrained weights want a lower one."""
     warmup_steps: int = 50
     """Steps of linear warm-up from zero."""
     weight_decay: float = 0.1
@@ -215,6 +237,7 @@ class TrainConfig:
             "micro_batch_size",
             "steps",
             "learning_rate",
+            "encoder_rate",
             "log_every",
             "eval_every",
             "save_every",
@@ -381,6 +404,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         train, M = self.train, self.model.chunk_len
+        if self.base is not None and self.model.encoder != "own":
+            raise ConfigError("model.encoder = 'bert' is for networks of our own: with [base] leave it out")
+        if train.encoder and self.model.encoder != "bert":
+            raise ConfigError(f"train.encoder = {train.encoder!r} needs model.encoder = 'bert'")
+        if self.model.encoder == "bert" and M + train.neighbor_len > BERT_POSITIONS:
+            raise ConfigError(
+                f"neighbor_len = {train.neighbor_len} behind a chunk of {M}: a BERT reads at most {BERT_POSITIONS} tokens at once"
+            )
         if train.copies and train.neighbor_part == "both" and train.neighbor_len <= M:
             raise ConfigError(
                 f"neighbor_len = {train.neighbor_len} ends with the {M} tokens of a chunk, and copying needs the continuation: set "
@@ -639,6 +670,26 @@ PRESETS: dict[str, RunConfig] = {
         ),
         train=TrainConfig(
             seq_len=2048, batch_size=256, micro_batch_size=8, steps=10_000, learning_rate=6e-4, warmup_steps=500
+        ),
+    ),
+    "reader": RunConfig(
+        model=ModelConfig(
+            vocab_size=30_522,
+            dim=384,
+            num_layers=4,
+            num_heads=6,
+            head_dim=64,
+            ffw_dim=1536,
+            cca_layers=(1, 3, 4),
+            encoder="bert",
+            encoder_dim=384,
+            encoder_layers=6,
+            encoder_heads=12,
+            encoder_head_dim=32,
+            encoder_ffw_dim=1536,
+        ),
+        train=TrainConfig(
+            task="qa", encoder=DEFAULT_ENCODER, neighbor_len=160, batch_size=32, micro_batch_size=32, learning_rate=5e-4
         ),
     ),
     **{f"retro-{name}": _paper(**sizes, retrieval=True) for name, sizes in _PAPER.items()},

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retro.bert import BertEncoder
 from retro.data import Batch
 from retro.errors import ConfigError, RetroError, TrainingError
 from retro.model import Retro
@@ -192,10 +193,12 @@ def shard(model: Retro, device: torch.device, dtype: torch.dtype) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    if isinstance(model.encoder, BertEncoder):
+        model.encoder.grouped = False
     for layer in [*model.layers, *(model.encoder.layers if model.encoder is not None else ())]:
         if dtype == torch.bfloat16:
             for norm in layer.modules():
-                if isinstance(norm, nn.RMSNorm):
+                if isinstance(norm, (nn.RMSNorm, nn.LayerNorm)):
                     fully_shard(norm, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
         fully_shard(layer, mesh=mesh, mp_policy=narrow if dtype == torch.bfloat16 else exact)
     fully_shard(model, mesh=mesh, mp_policy=exact)

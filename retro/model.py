@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from retro.attention import Attention, CausalMask, Places, attend
+from retro.bert import BertEncoder
 from retro.cca import Cache, Continuation, Neighborhood, View, WholeChunks
 from retro.config import ModelConfig
 
@@ -211,7 +212,9 @@ class Retro(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(DecoderLayer(config, number) for number in range(1, config.num_layers + 1))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.encoder = NeighborEncoder(config) if config.cca_layers else None
+        self.encoder: NeighborEncoder | BertEncoder | None = None
+        if config.cca_layers:
+            self.encoder = BertEncoder(config) if config.encoder == "bert" else NeighborEncoder(config)
         self._head: tuple[int, Tensor] | None = None
         """The output weights once more, and the version of the table that they are a copy of: see `lay_out_for_decoding`."""
         untied = not config.tie_embeddings
@@ -230,6 +233,8 @@ class Retro(nn.Module):
         CCA hands on what it attends to, as it is: copying need not be found out (docs/decisions.md).
         """
         for name, parameter in self.named_parameters():
+            if name.startswith("encoder.") and isinstance(self.encoder, BertEncoder):
+                continue
             initialize_parameter(
                 name,
                 parameter,
@@ -246,6 +251,8 @@ class Retro(nn.Module):
                 nn.init.orthogonal_(cca.v.weight, generator=generator)
                 with torch.no_grad():
                     cca.out.weight.copy_(cca.v.weight.t())
+        if isinstance(self.encoder, BertEncoder):
+            self.encoder.initialize(generator)
         return self
 
     def forward(

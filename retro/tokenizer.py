@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from retro.artifact import MANIFEST, fingerprint, read_json, read_manifest, write_atomically
 from retro.errors import ConfigError, FormatError
+from retro.pretrained_encoder import encoder_place
 
 TOKENIZER_FILE = "tokenizer.json"
 BOS, EOS = "<|bos|>", "<|eos|>"
@@ -59,13 +60,13 @@ class Tokenizer:
 
         Args:
             name: A `tokenizer.json`, a folder that holds one (made by `retro tokenizer train`, a model of ours, a model of Hugging
-                Face), or the name of a model on the Hugging Face hub.
+                Face), or the name of a model on the Hugging Face hub; that of the default encoder needs no hub.
 
         Raises:
             ConfigError: Nothing of that name is there.
             FormatError: The file is no tokenizer.
         """
-        path = Path(name)
+        path = Path(encoder_place(name))
         file = path / TOKENIZER_FILE if path.is_dir() else path
         if path.is_dir() and (path / MANIFEST).is_file() and read_json(path / MANIFEST).get("kind") == "tokenizer":
             read_manifest(path, "tokenizer")
@@ -156,6 +157,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Ids lie in [0, vocab_size)."""
         return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether texts come back as they were written; BERT's, for one, has only small letters and no spaces."""
+        sample = "As it is (1,000)."
+        return self.decode(self.backend.encode(sample, add_special_tokens=False).ids) == sample
 
     def encode(self, text: str) -> Encoded:
         """Tokens of one text, of any length, in bounded memory beyond the result."""

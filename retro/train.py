@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from retro import artifact
 from retro.checkpoint import (
@@ -45,6 +45,7 @@ from retro.errors import ConfigError, MismatchError, TrainingError
 from retro.metrics import METRICS, Course, Lines, Metrics, read_lines
 from retro.mixture import Mixture, corpus_seed, open_corpora
 from retro.model import Retro
+from retro.pretrained_encoder import load_encoder
 from retro.question_batches import Curriculum, QuestionBatches, Reading, WithReplay
 from retro.questions import QuestionData, common_tokenizer, open_questions
 from retro.samples import SAMPLES, SamplePrompt
@@ -252,7 +253,10 @@ def _network(run: RunConfig, tokenizer: Tokenizer, device: torch.device, dtype: 
         from retro.retrofit import trainable
 
         return trainable(run.base, run.model, tokenizer, device=device, dtype=dtype, seed=run.train.seed)
-    return Retro(run.model).initialize(torch.Generator().manual_seed(run.train.seed))
+    model = Retro(run.model).initialize(torch.Generator().manual_seed(run.train.seed))
+    if run.train.encoder:
+        load_encoder(model, run.train.encoder, tokenizer.fingerprint)
+    return model
 
 
 def _continued(run: RunConfig, tokenizer: Tokenizer) -> Any:
@@ -343,13 +347,15 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
 
 
 def make_optimizer(model: Retro, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); matrices decay, the scales of the norms do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); matrices decay, biases and the scales of the norms do not."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            share = config.encoder_rate if name.startswith("encoder.") else 1.0
+            groups.setdefault((decay, share), []).append(parameter)
+    options = [{"params": few, "weight_decay": decay, "share": share} for (decay, share), few in groups.items()]
+    return torch.optim.AdamW(options, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -406,7 +412,7 @@ def train_step(
         elsewhere = math.isfinite(own_loss_nats) and not math.isfinite(loss_nats)
         raise (_ElsewhereError if elsewhere else TrainingError)(message)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("share", 1.0)
     optimizer.step()
     return StepResult(loss_nats, grad_norm, tokens)
 

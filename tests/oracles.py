@@ -75,6 +75,8 @@ class Oracle:
             chunk: The places of the chunk's tokens and the decoder's activations H_u there.
         """
         context = []
+        if self.config.encoder == "bert":
+            return [self._encode_by_bert(neighbor, chunk) for neighbor in neighbors]
         if self.config.encoder_conditioned:
             context = [(i, self._norm("encoder.layers.0.context_norm", h_D)) for i, h_D in chunk]
         return [self._encode_one(neighbor, context) for neighbor in neighbors]
@@ -146,6 +148,53 @@ class Oracle:
                 x[r] = x[r] + self._feed_forward(f"{prefix}.ffw", self._norm(f"{prefix}.ffw_norm", x[r]))
         return [(r, self._norm("encoder.norm", x[r])) for r in places]
 
+    def _encode_by_bert(self, neighbor: Sequence[Placed], chunk: Sequence[Placed]) -> list[Placed]:
+        """Source: arXiv:1810.04805; layers as in arXiv:1706.03762, norms behind the sums."""
+        config, root = self.config, math.sqrt(self.config.encoder_dim)
+        first = [h_D for _, h_D in chunk] if config.encoder_conditioned else []
+        read = [(place, 0, h_D) for place, h_D in enumerate(first)]
+        read += [(config.chunk_len + r, 1, x_E) for r, x_E in neighbor]
+        tables = [
+            self.weights[f"encoder.bert.embeddings.{name}_embeddings.weight"] for name in ("position", "token_type")
+        ]
+        x = [
+            self._layer_norm("encoder.bert.embeddings.LayerNorm", x_E / root + tables[0][place] + tables[1][segment])
+            for place, segment, x_E in read
+        ]
+        for index in range(config.encoder_layers):
+            prefix = f"encoder.bert.encoder.layer.{index}"
+            q, k, v = (
+                [self._affine(f"{prefix}.attention.self.{name}", x_E) for x_E in x]
+                for name in ("query", "key", "value")
+            )
+            mixed = []
+            for q_E in q:
+                merged_E = np.zeros(config.encoder_dim)
+                for head in range(config.encoder_heads):
+                    part = slice(head * config.encoder_head_dim, (head + 1) * config.encoder_head_dim)
+                    shares = [math.exp(float(q_E[part] @ k_E[part]) / math.sqrt(config.encoder_head_dim)) for k_E in k]
+                    for share, v_E in zip(shares, v, strict=True):
+                        merged_E[part] += share / math.fsum(shares) * v_E[part]
+                mixed.append(self._affine(f"{prefix}.attention.output.dense", merged_E))
+            x = [self._layer_norm(f"{prefix}.attention.output.LayerNorm", a + b) for a, b in zip(mixed, x, strict=True)]
+            inner = [_gelu(self._affine(f"{prefix}.intermediate.dense", x_E)) for x_E in x]
+            down = [self._affine(f"{prefix}.output.dense", inner_F) for inner_F in inner]
+            x = [self._layer_norm(f"{prefix}.output.LayerNorm", a + b) for a, b in zip(down, x, strict=True)]
+        return [
+            (r, self._norm("encoder.norm", last_E) + self._norm("encoder.token_norm", x_E))
+            for (r, x_E), last_E in zip(neighbor, x[len(first) :], strict=True)
+        ]
+
+    def _affine(self, name: str, x_D: FloatArray) -> FloatArray:
+        out: FloatArray = self.weights[f"{name}.weight"] @ x_D + self.weights[f"{name}.bias"]
+        return out
+
+    def _layer_norm(self, name: str, x_D: FloatArray) -> FloatArray:
+        centered_D = x_D - math.fsum(x_D.tolist()) / len(x_D)
+        variance = math.fsum(float(value) ** 2 for value in centered_D) / len(x_D)
+        normed_D: FloatArray = centered_D / math.sqrt(variance + 1e-12) * self.weights[f"{name}.weight"]
+        return normed_D + self.weights[f"{name}.bias"]
+
     def _attention(self, prefix: str, query: Placed, context: Sequence[Placed], heads: int, width: int) -> FloatArray:
         """Attention of one query to some places; zero where there is none."""
         position, x_D = query
@@ -194,9 +243,12 @@ class Oracle:
 
     def _feed_forward(self, prefix: str, x_D: FloatArray) -> FloatArray:
         inner = self.weights[f"{prefix}.up.weight"] @ x_D
-        gelu = np.array([0.5 * value * (1 + math.erf(value / math.sqrt(2))) for value in inner.tolist()])
-        out_D: FloatArray = self.weights[f"{prefix}.down.weight"] @ gelu
+        out_D: FloatArray = self.weights[f"{prefix}.down.weight"] @ _gelu(inner)
         return out_D
+
+
+def _gelu(x_D: FloatArray) -> FloatArray:
+    return np.array([0.5 * value * (1 + math.erf(value / math.sqrt(2))) for value in x_D.tolist()])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -349,7 +349,12 @@ class Asking:
         prompt = len(self._task.prompt.ids)
         context = service.model.network.context_passages
         answer = to_answer(
-            self._body.question, self._passages, generation, prompt_tokens=prompt, context_passages=context
+            self._body.question,
+            self._passages,
+            generation,
+            tokenizer=service.model.tokenizer,
+            prompt_tokens=prompt,
+            context_passages=context,
         )
         explained: Explanation | None = None
         if self._body.attribution and self._passages:

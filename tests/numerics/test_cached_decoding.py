@@ -22,8 +22,9 @@ CONFIGS = [
     {"num_layers": 4, "cca_layers": (2, 3, 4), "encoder_layers": 1},
     {"tie_embeddings": True, "encoder_dim": 8, "chunk_len": 6},
     {"chunk_len": 2},
+    {"encoder": "bert", "tie_embeddings": True, "encoder_dim": 8, "encoder_heads": 2, "encoder_head_dim": 4},
 ]
-IDS = ["2-of-2", "1-3-of-3", "2-3-4-of-4", "tied-chunks-of-6", "chunks-of-2"]
+IDS = ["2-of-2", "1-3-of-3", "2-3-4-of-4", "tied-chunks-of-6", "chunks-of-2", "bert"]
 
 
 def make_model(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Retro:

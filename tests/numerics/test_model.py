@@ -18,6 +18,14 @@ from retro.cca import Neighborhood
 from retro.config import PRESETS, ModelConfig
 from retro.model import LOGITS_PER_PART, Retro
 
+BERT: dict[str, Any] = {
+    "encoder": "bert",
+    "tie_embeddings": True,
+    "encoder_dim": 8,
+    "encoder_heads": 2,
+    "encoder_head_dim": 4,
+}
+
 
 def make_model(config: ModelConfig, seed: int = 0) -> Retro:
     model = Retro(config).to(torch.float64)
@@ -59,6 +67,9 @@ def assert_equals_oracle(config: ModelConfig, batch: Batch, seed: int = 0) -> No
         {"positions": "relative", "cca_positions": False},
         {"cca_positions": False},
         {"encoder_conditioned": False},
+        BERT,
+        BERT | {"cca_layers": (1, 3), "encoder_layers": 3, "positions": "relative"},
+        BERT | {"encoder_conditioned": False},
     ],
     ids=[
         "2-of-2",
@@ -72,6 +83,9 @@ def assert_equals_oracle(config: ModelConfig, batch: Batch, seed: int = 0) -> No
         "relative-none-in-cca",
         "rotary-none-in-cca",
         "encoder-alone",
+        "bert",
+        "bert-1-3-of-3",
+        "bert-alone",
     ],
 )
 def test_hidden_logits_and_loss_equal_the_oracle(changes: dict[str, Any], K: int) -> None:
@@ -94,8 +108,9 @@ def test_defaults_mean_every_slot_full_and_one_document_per_row() -> None:
     assert_same(short_BTD, Oracle(config, model.state_dict()).hidden(batch))
 
 
-def test_neighbor_tokens_may_be_missing_anywhere_not_only_at_the_end() -> None:
-    config = tiny_config()
+@pytest.mark.parametrize("changes", [{}, BERT], ids=["own", "bert"])
+def test_neighbor_tokens_may_be_missing_anywhere_not_only_at_the_end(changes: dict[str, Any]) -> None:
+    config = tiny_config(**changes)
     batch = rich_batch(config, K=3, R=6)
     holes_BLKR = torch.rand(batch.keep_BLKR.shape, generator=torch.Generator().manual_seed(3)) < 0.6
     assert_equals_oracle(config, dataclasses.replace(batch, keep_BLKR=batch.keep_BLKR & holes_BLKR))

@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from index_builder.encoder import DEFAULT_WEIGHTS_SHA256, NO_LIMIT, SLICE_TEXTS, Encoder, resolve_dtype
+from index_builder.encoder import NO_LIMIT, SLICE_TEXTS, Encoder, resolve_dtype
 from retro.errors import ConfigError, DependencyError, MismatchError
 from retro.generate import Role
+from retro.pretrained_encoder import DEFAULT_WEIGHTS_SHA256
 
 # In bfloat16 vectors are compared with one another only; what other code computes is compared in float32.
 needs_openvino = pytest.mark.skipif(
