@@ -4,21 +4,19 @@ The paper's encoder sees H_u, the decoder's activations of the chunk, through a 
 stands in front of each neighbor, as the first of BERT's two segments, so that its own self-attention compares the two, as it has
 learned to. Its table of tokens is the decoder's, so both have its tokenizer.
 
-Letters as in model.py; besides, P = N * K neighbors, G of them of about the same length, S slots of a chunk that hold a token.
+Letters as in model.py; besides, P = N * K neighbors, G of them of about the same length, S slots of a chunk, T places of both.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from retro.config import BERT_POSITIONS, ModelConfig
 
-_ALIKE = 32
+_ALIKE = 16
 """Neighbors are read in groups whose lengths differ by less than this many tokens."""
 
 
@@ -76,54 +74,58 @@ class BertEncoder(nn.Module):
         keep_PR = keep_NKR.reshape(N * K, R)
         x_PRE = x_NKRE.reshape(N * K, R, E).masked_fill(~keep_PR[..., None], 0.0)
         hidden_NSE, keep_NS = self._compact(hidden_NMD, keep_NM)
-        rows, parts = [], []
-        for row_G, length in self._groups(keep_PR):
+        size_P = keep_NS.sum(dim=1).repeat_interleave(K)
+        length_P = (keep_PR * torch.arange(1, R + 1, device=keep_PR.device)).amax(dim=1)
+        encoded_PRE = torch.zeros_like(x_PRE)
+        for row_G in self._groups(size_P + length_P, length_P > 0):
             chunk_G = row_G // K
-            arguments = x_PRE[row_G, :length], keep_PR[row_G, :length], hidden_NSE[chunk_G], keep_NS[chunk_G]
+            arguments = x_PRE[row_G], keep_PR[row_G], length_P[row_G], hidden_NSE[chunk_G], size_P[row_G]
             if self.checkpointing and torch.is_grad_enabled():
                 read_GRE: Tensor = checkpoint(self._read, *arguments, use_reentrant=False)
             else:
                 read_GRE = self._read(*arguments)
-            rows.append(row_G)
-            parts.append(F.pad(read_GRE, (0, 0, 0, R - length)))
-        if not parts:
-            return torch.zeros_like(x_NKRE)
-        row_P, encoded_PRE = torch.cat(rows), torch.cat(parts)
-        encoded_PRE = encoded_PRE.new_zeros(N * K, R, E).index_copy(0, row_P, encoded_PRE)
+            encoded_PRE = encoded_PRE.index_copy(0, row_G, read_GRE.to(encoded_PRE.dtype))
         return encoded_PRE.view(N, K, R, E)
 
     def _compact(self, hidden_NMD: Tensor, keep_NM: Tensor) -> tuple[Tensor, Tensor]:
-        """The slots that hold a token, in front, as many as any chunk has; none where the encoder does not see the decoder."""
+        """The slots that hold a token in front of the others; none where the encoder does not see the decoder."""
         if not self.config.encoder_conditioned:
             return hidden_NMD[:, :0], keep_NM[:, :0]
-        S = keep_NM.shape[1] if torch.compiler.is_compiling() else int(keep_NM.sum(dim=1).amax()) if len(keep_NM) else 0
-        slot_NS = keep_NM.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :S]
-        hidden_NSD = hidden_NMD.gather(1, slot_NS[..., None].expand(-1, -1, hidden_NMD.shape[2]))
+        slot_NS = keep_NM.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
         keep_NS = keep_NM.gather(1, slot_NS)
+        hidden_NSD = hidden_NMD.gather(1, slot_NS[..., None].expand_as(hidden_NMD))
         return hidden_NSD.masked_fill(~keep_NS[..., None], 0.0), keep_NS
 
-    def _groups(self, keep_PR: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Rows of about the same length, and the length of the longest; rows without any token are in no group."""
-        P, R = keep_PR.shape
+    def _groups(self, total_P: Tensor, wanted_P: Tensor) -> list[Tensor]:
+        """Rows that are read together, being about as long."""
         if not self.grouped or torch.compiler.is_compiling():
-            yield torch.arange(P, device=keep_PR.device), R
-            return
-        length_P = (keep_PR * torch.arange(1, R + 1, device=keep_PR.device)).amax(dim=1)
-        size_P = (length_P + _ALIKE - 1) // _ALIKE
-        for size in sorted(set(size_P.tolist()) - {0}):
-            row_G = (size_P == size).nonzero().squeeze(1)
-            yield row_G, int(length_P[row_G].amax())
+            return [torch.arange(len(total_P), device=total_P.device)]
+        class_P = torch.where(wanted_P, (total_P + _ALIKE - 1) // _ALIKE, 0)
+        return [(class_P == size).nonzero().squeeze(1) for size in sorted(set(class_P.tolist()) - {0})]
 
-    def _read(self, x_GRE: Tensor, keep_GR: Tensor, hidden_GSE: Tensor, keep_GS: Tensor) -> Tensor:
+    def _read(self, x_GRE: Tensor, keep_GR: Tensor, length_G: Tensor, hidden_GSE: Tensor, size_G: Tensor) -> Tensor:
+        """Reads `size_G` activations and, right behind them, the neighbor's first `length_G` places, as one text each."""
         (G, R, E), S = x_GRE.shape, hidden_GSE.shape[1]
-        device = x_GRE.device
-        position_T = torch.cat([torch.arange(S, device=device), self.config.chunk_len + torch.arange(R, device=device)])
-        type_T = (torch.arange(S + R, device=device) >= S).long()
+        T = S + R if torch.compiler.is_compiling() else int((size_G + length_G).amax())
+        place_T = torch.arange(T, device=x_GRE.device)
+        behind_GT = place_T - size_G[:, None]
+        second_GT = behind_GT >= 0
+        # Where each place is taken from, out of all activations and then all of the neighbor's places.
+        from_GT = torch.where(second_GT, S + behind_GT.clamp(0, R - 1), place_T.clamp(max=max(S - 1, 0)))
+        both_GUE = torch.cat([hidden_GSE.to(x_GRE.dtype), x_GRE], dim=1)
+        there_GU = torch.cat([torch.arange(S, device=x_GRE.device) < size_G[:, None], keep_GR], dim=1)
+        there_GT = there_GU.gather(1, from_GT) & (behind_GT < length_G[:, None])
+        there_GT = there_GT | (
+            ~there_GT.any(dim=1, keepdim=True) & (place_T == 0)
+        )  # attention to nothing has no gradient
         read = self.bert(
-            inputs_embeds=torch.cat([hidden_GSE.to(x_GRE.dtype), x_GRE], dim=1) / math.sqrt(E),  # see model.Embedding
-            attention_mask=torch.cat([keep_GS, keep_GR], dim=1).long(),
-            position_ids=position_T[None],
-            token_type_ids=type_T.expand(G, S + R),
+            # An embedding is scaled, see model.Embedding; BERT's own are not.
+            inputs_embeds=both_GUE.gather(1, from_GT[..., None].expand(G, T, E)) / math.sqrt(E),
+            attention_mask=there_GT.long(),
+            position_ids=torch.where(second_GT, self.config.chunk_len + behind_GT.clamp(0, R - 1), place_T),
+            token_type_ids=second_GT.long(),
         )
-        encoded_GRE: Tensor = self.norm(read.last_hidden_state[:, S:]) + self.token_norm(x_GRE)
+        back_GR = (size_G[:, None] + torch.arange(R, device=x_GRE.device)).clamp(max=T - 1)
+        last_GRE = read.last_hidden_state.gather(1, back_GR[..., None].expand(G, R, E))
+        encoded_GRE: Tensor = self.norm(last_GRE) + self.token_norm(x_GRE)
         return encoded_GRE.masked_fill(~keep_GR[..., None], 0.0)

@@ -6,6 +6,7 @@ beginning (training), `Continuation` of a cache by one column or more (decoding)
 Source: arXiv:2112.04426, section 2.4 and algorithm 1.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -54,8 +55,72 @@ class Reader(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class Pointing:
+    """A second loss, for training alone: the attention of CCA is to lie on the token that is said next, where neighbors hold it.
+
+    It is summed over the slots whose target stands in the evidence of the neighbors they see.
+    """
+
+    targets_BT: Tensor
+    loss_BT: Tensor
+    """True where the target counts."""
+    evidence_BLKR: Tensor
+    """True where a neighbor's token belongs to an answer that stands there."""
+    losses: list[Tensor] = field(default_factory=list)
+    """Of each layer, in nats: -log of the attention, averaged over heads, that lies right."""
+
+    def add(
+        self,
+        cca: Attention,
+        normed_BTD: Tensor,
+        slot_BT: Tensor,
+        chunk_len: int,
+        near: Neighborhood,
+        encoded_NSE: Tensor,
+    ) -> None:
+        """Takes one layer down.
+
+        Args:
+            cca: Of the layer.
+            normed_BTD: What it asks with.
+            slot_BT: Slot of each column, from 0.
+            chunk_len: M.
+            near: The neighbors.
+            encoded_NSE: What the layer reads of them.
+        """
+        L, K, R = self.evidence_BLKR.shape[1:]
+        row_N, chunk_N = near.chunk_N // L, near.chunk_N % L
+        place_NT = slot_BT[row_N] - (chunk_N[:, None] + 1) * chunk_len + 1
+        evidence_NS = self.evidence_BLKR.flatten(0, 1)[near.chunk_N].flatten(1)
+        right_NTS = evidence_NS[:, None] & (near.tokens_NKR.flatten(1)[:, None] == self.targets_BT[row_N][..., None])
+        counts_NT = self.loss_BT[row_N] & (place_NT >= 0) & (place_NT < chunk_len) & right_NTS.any(dim=2)
+        at_NT = place_NT.clamp(0, chunk_len - 1) + chunk_len - 1
+        own = Places.of(at_NT, chunk_len - 1, 2 * chunk_len - 2, cca, normed_BTD.dtype)
+        keys = Places.range(0, R, cca, encoded_NSE, repeat=K)
+        q_NHTC = cca.queries(normed_BTD[row_N], own)
+        k_NHSC, _ = cca.keys_values(encoded_NSE, keys)
+        logits_NHTS = (q_NHTC @ k_NHSC.mT).float() / math.sqrt(cca.head_dim)
+        bias_NHTS = cca.bias(q_NHTC, own, keys)
+        if bias_NHTS is not None:
+            logits_NHTS = logits_NHTS + bias_NHTS
+        logits_NHTS = logits_NHTS.masked_fill(
+            ~near.keep_NKR.flatten(1)[:, None, None, :], torch.finfo(torch.float32).min
+        )
+        share_NT = (logits_NHTS.softmax(dim=-1) * right_NTS[:, None]).sum(dim=-1).mean(dim=1)
+        nats_NT = -share_NT.clamp_min(1e-9).log()
+        self.losses.append(nats_NT.masked_fill(~counts_NT, 0.0).sum())
+
+    def loss(self) -> Tensor:
+        """Mean over the layers."""
+        return torch.stack(self.losses).mean() if self.losses else self.targets_BT.new_zeros((), dtype=torch.float32)
+
+
 class View(Protocol):
     """What a layer sees beyond its own slots."""
+
+    pointing: Pointing | None
+    """Takes down where CCA looks, where training asks for it."""
 
     def self_attend(self, layer: int, attention: Attention, normed_BTD: Tensor) -> Tensor:
         """The result of a layer's self-attention [B, T, D]."""
@@ -67,6 +132,10 @@ class View(Protocol):
 
     def cross_attend(self, cca: Attention, normed_BTD: Tensor) -> Tensor | None:
         """The result of a layer's CCA [B, T, D]; None where no slot has neighbors."""
+        ...
+
+    def point(self, cca: Attention, normed_BTD: Tensor) -> None:
+        """Tells `pointing` where a layer's CCA looks."""
         ...
 
 
@@ -94,6 +163,13 @@ class WholeChunks:
     """True where the query at that place of the shifted grid may see the neighbors of its row."""
     encoded_NSE: Tensor | None = None
     cca_places: tuple[Places, Places] | None = None
+    pointing: Pointing | None = None
+
+    def point(self, cca: Attention, normed_BTD: Tensor) -> None:
+        """See View."""
+        if self.pointing is not None and self.near is not None and self.encoded_NSE is not None:
+            slot_BT = torch.arange(normed_BTD.shape[1], device=normed_BTD.device).expand(normed_BTD.shape[:2])
+            self.pointing.add(cca, normed_BTD, slot_BT, self.model.chunk_len, self.near, self.encoded_NSE)
 
     def self_attend(self, _layer: int, attention: Attention, normed_BTD: Tensor) -> Tensor:
         """See View."""
@@ -391,6 +467,13 @@ class Continuation:
     cached: tuple[Places, Places, Tensor, bool] | None = None
     """Of `_cached`: places of queries and keys, which query sees which key, and whether every one sees every one."""
     cca_layer: int = 0
+    pointing: Pointing | None = None
+
+    def point(self, cca: Attention, normed_BTD: Tensor) -> None:
+        """See View; rows are new ones that begin in their first chunk."""
+        if self.pointing is not None and self.near is not None and self.encoded_NSE is not None:
+            slot_BT = self.slot_BT - self.first_B[:, None] * self.model.chunk_len
+            self.pointing.add(cca, normed_BTD, slot_BT, self.model.chunk_len, self.near, self.encoded_NSE)
 
     @classmethod
     def into(

@@ -184,6 +184,9 @@ class TrainConfig:
     share that is asked without any passage."""
     own_share: float = 0.0
     """qa: share of the steps, from the first on, in which the evidence of a cloze question is the sentence it was made of."""
+    pointing: float = 0.0
+    """qa: weight of a second loss, that the attention of CCA lies on the answer where a passage that is read holds it. The training
+    loss counts it, validation does not. Reading is learned in far fewer steps, and attention says where an answer comes from."""
     context_passages: int = 0
     """qa: so many of the passages, the best first, stand in front of the question in the decoder's context (RETRO++)."""
     replay: str | tuple[str, ...] = ""
@@ -256,6 +259,7 @@ class TrainConfig:
             "sample_tokens",
             "prefetch",
             "context_passages",
+            "pointing",
             "seed",
         )
         weights = self.data_weights
@@ -406,6 +410,10 @@ class RunConfig:
         train, M = self.train, self.model.chunk_len
         if self.base is not None and self.model.encoder != "own":
             raise ConfigError("model.encoder = 'bert' is for networks of our own: with [base] leave it out")
+        if train.pointing and (self.base is not None or train.task == "lm"):
+            raise ConfigError(
+                f"pointing = {train.pointing:g} is for networks of our own that learn to answer: set it to 0"
+            )
         if train.encoder and self.model.encoder != "bert":
             raise ConfigError(f"train.encoder = {train.encoder!r} needs model.encoder = 'bert'")
         if self.model.encoder == "bert" and M + train.neighbor_len > BERT_POSITIONS:

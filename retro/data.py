@@ -57,6 +57,8 @@ class Batch:
     """True where a neighbor has a token; all False for a neighbor that is missing."""
     slot_BT: Tensor | None = None
     """Slot of each column, int64, where the columns are not the slots of whole chunks."""
+    evidence_BLKR: Tensor | None = None
+    """True where a neighbor's token belongs to an answer that stands in it; of questions whose model is trained to look there."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are there, by name."""

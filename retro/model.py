@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from retro.attention import Attention, CausalMask, Places, attend
 from retro.bert import BertEncoder
-from retro.cca import Cache, Continuation, Neighborhood, View, WholeChunks
+from retro.cca import Cache, Continuation, Neighborhood, Pointing, View, WholeChunks
 from retro.config import ModelConfig
 
 LOGITS_PER_PART = {"cpu": 1 << 22, "cuda": 1 << 26}
@@ -92,7 +92,9 @@ class DecoderLayer(nn.Module):
         if self.cca is not None and self.cca_norm is not None:
             if self.reads:
                 view.read(x_BTD)
-            y_BTD = view.cross_attend(self.cca, self.cca_norm(x_BTD))
+            normed_BTD = self.cca_norm(x_BTD)
+            view.point(self.cca, normed_BTD)
+            y_BTD = view.cross_attend(self.cca, normed_BTD)
             x_BTD = x_BTD if y_BTD is None else x_BTD + y_BTD
         ffw_BTD: Tensor = self.ffw(self.ffw_norm(x_BTD))
         return x_BTD + ffw_BTD
@@ -198,6 +200,7 @@ class Retro(nn.Module):
     Attributes:
         every_chunk: See Reader.
         checkpointing: In training keep only each layer's input, and run the layer again in the backward pass.
+        pointing: Weight of the second loss, see `forward`.
         context_passages: How many passages it wants in front of a question, see `retro.answer.answer_prompt`.
     """
 
@@ -209,6 +212,7 @@ class Retro(nn.Module):
         self.chunk_len = config.chunk_len
         self.every_chunk = False
         self.checkpointing = False
+        self.pointing = 0.0
         self.embedding = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(DecoderLayer(config, number) for number in range(1, config.num_layers + 1))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -267,6 +271,7 @@ class Retro(nn.Module):
         slot_BT: Tensor | None = None,
         targets_BT: Tensor | None = None,
         loss_BT: Tensor | None = None,
+        evidence_BLKR: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next token at every slot [B, T, V]; with targets, the sum of their losses in nats.
 
@@ -280,19 +285,17 @@ class Retro(nn.Module):
             slot_BT: See there.
             targets_BT: What each slot is to predict.
             loss_BT: True where the target counts.
+            evidence_BLKR: True where a neighbor's token belongs to what is to be said; `pointing` times the loss of
+                `retro.cca.Pointing` is added.
         """
-        hidden_BTD = self.hidden(
-            inputs_BT,
-            keep_BT=keep_BT,
-            document_BL=document_BL,
-            neighbors_BLKR=neighbors_BLKR,
-            keep_BLKR=keep_BLKR,
-            cache=cache,
-            slot_BT=slot_BT,
-        )
+        pointing = None
+        if targets_BT is not None and loss_BT is not None and evidence_BLKR is not None and self.pointing:
+            pointing = Pointing(targets_BT, loss_BT, evidence_BLKR)
+        hidden_BTD = self._hidden(inputs_BT, keep_BT, document_BL, neighbors_BLKR, keep_BLKR, cache, slot_BT, pointing)
         if targets_BT is None or loss_BT is None:
             return self.logits(hidden_BTD)
-        return self.loss(hidden_BTD, targets_BT, loss_BT)[0]
+        loss = self.loss(hidden_BTD, targets_BT, loss_BT)[0]
+        return loss if pointing is None else loss + self.pointing * pointing.loss()
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits [..., V] of final activations [..., D]."""
@@ -355,6 +358,20 @@ class Retro(nn.Module):
             slot_BT: Slot of each column, rising in a row; any value where `keep_BT` is False. Default: with a new cache 0 to T - 1,
                 so that empty columns are empty slots; with a filled one each row's next slots.
         """
+        return self._hidden(inputs_BT, keep_BT, document_BL, neighbors_BLKR, keep_BLKR, cache, slot_BT)
+
+    def _hidden(
+        self,
+        inputs_BT: Tensor,
+        keep_BT: Tensor | None,
+        document_BL: Tensor | None,
+        neighbors_BLKR: Tensor | None,
+        keep_BLKR: Tensor | None,
+        cache: Cache | None,
+        slot_BT: Tensor | None,
+        pointing: Pointing | None = None,
+    ) -> Tensor:
+        """See `hidden`; without a cache, `pointing` takes down where CCA looks."""
         B, T = inputs_BT.shape
         device = inputs_BT.device
         if keep_BT is None:
@@ -373,6 +390,7 @@ class Retro(nn.Module):
             view = Continuation.into(self, cache, keep_BT, slot_BT, neighbors_BLKR, keep_BLKR)
             if not self.config.cca_layers:  # nothing else notes that the rows have gone on
                 view.chunk.slot_B = view.next_B
+        view.pointing = pointing
         for layer in self.layers:
             x_BTD = _run(layer, self.checkpointing, x_BTD, view)
         if cache is not None:

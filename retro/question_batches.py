@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from retro.answer import NEIGHBOR_LEN, question_prompt
@@ -78,8 +79,11 @@ def _most_sources(rows: Sequence[_Row]) -> int:
     return max(1, *(len(row.sources) for row in rows))
 
 
-def _packed(rows: Sequence[_Row], eos_id: int, M: int, *, K: int, R: int) -> Batch:
-    """Rows on their grids: an answer begins at a chunk border; the chunk before it reads the sources, as do whole ones of it."""
+def _packed(rows: Sequence[_Row], eos_id: int, M: int, *, K: int, R: int, evidence: bool = False) -> Batch:
+    """Rows on their grids: an answer begins at a chunk border; the chunk before it reads the sources, as do whole ones of it.
+
+    With `evidence`, the places where the answer stands in a source are marked.
+    """
     chunks_B = [-(-len(row.prompt) // M) for row in rows]
     B = len(rows)
     L = max(c + -(-len(row.answer) // M) for c, row in zip(chunks_B, rows, strict=True))
@@ -101,6 +105,13 @@ def _packed(rows: Sequence[_Row], eos_id: int, M: int, *, K: int, R: int) -> Bat
         for chunk in range(chunks - 1, end // M):
             read[b][chunk] = row.sources
     neighbors_BLKR, keep_BLKR = token_tensors(read, L, K, R)
+    evidence_BLKR = torch.zeros_like(keep_BLKR)
+    for b, (row, chunks) in enumerate(zip(rows, chunks_B, strict=True) if evidence else ()):
+        for k, source in enumerate(row.sources):
+            for place in _places(source[:R], row.answer):
+                evidence_BLKR[
+                    b, chunks - 1 : (chunks * M + len(row.answer)) // M, k, place : place + len(row.answer)
+                ] = True
     return Batch(
         inputs_BT=torch.from_numpy(inputs_BT),
         targets_BT=torch.from_numpy(targets_BT),
@@ -109,7 +120,16 @@ def _packed(rows: Sequence[_Row], eos_id: int, M: int, *, K: int, R: int) -> Bat
         document_BL=torch.zeros(B, L, dtype=torch.long),
         neighbors_BLKR=neighbors_BLKR,
         keep_BLKR=keep_BLKR,
+        evidence_BLKR=evidence_BLKR if evidence else None,
     )
+
+
+def _places(source: Sequence[int] | NDArray[Any], answer: Sequence[int] | NDArray[Any]) -> list[int]:
+    """Where an answer begins in a source."""
+    if not 0 < len(answer) <= len(source):
+        return []
+    windows = sliding_window_view(np.asarray(source), len(answer))
+    return np.flatnonzero((windows == np.asarray(answer)).all(axis=1)).tolist()
 
 
 # --- batches ------------------------------------------------------------------------------------------------------
@@ -146,6 +166,7 @@ class QuestionBatches:
         compact: bool = True,
         permute: bool = True,
         reading: Reading | None = None,
+        evidence: bool = False,
     ) -> None:
         """Lays out the split.
 
@@ -162,6 +183,7 @@ class QuestionBatches:
                 whole chunks, and neighbors of R places in any case, so that shapes hardly change.
             permute: False keeps the order in every epoch, for evaluation.
             reading: How questions are read; default: with one passage, which has the answer.
+            evidence: Mark where answers stand in their passages.
 
         Raises:
             ConfigError: The split has no question.
@@ -180,6 +202,7 @@ class QuestionBatches:
         self._eos_id = corpora[0].tokenizer.eos_id
         self._chunk_len, self.neighbor_len, self._seed = chunk_len, neighbor_len, seed
         self._context, self._compact, self._permute = context_passages, compact, permute
+        self._evidence = evidence
         self._orders: dict[tuple[int, int], Int64s] = {}
 
     @property
@@ -213,9 +236,9 @@ class QuestionBatches:
         longest = max((len(source) for row in rows for source in row.sources), default=1)
         R = min(-(-longest // 16) * 16, self.neighbor_len) if self._compact else self.neighbor_len
         K = _most_sources(rows) if self._compact else self.reading.num_passages
-        batch = _packed(rows, self._eos_id, self._chunk_len, K=K, R=R)
+        batch = _packed(rows, self._eos_id, self._chunk_len, K=K, R=R, evidence=self._evidence)
         if neighbors == "off":
-            batch = replace(batch, neighbors_BLKR=None, keep_BLKR=None)
+            batch = replace(batch, neighbors_BLKR=None, keep_BLKR=None, evidence_BLKR=None)
         return compacted(batch) if self._compact else batch
 
     def _row(self, corpus: int, number: int, neighbor_dropout: float, neighbors: Retrieval) -> _Row:

@@ -175,6 +175,7 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
     model = _network(run, tokenizer, device, dtype)
     if config.activation_checkpointing:
         model.checkpoint_activations()
+    model.pointing = config.pointing
     if ranks.size > 1:
         shard(model, device, dtype)
     model.to(device)
@@ -241,6 +242,7 @@ def open_question_batches(questions: Sequence[QuestionData], split: str, run: Ru
         context_passages=run.train.context_passages,
         compact=not run.train.compile,
         permute=split == "train",
+        evidence=bool(run.train.pointing) and split == "train",
         reading=Curriculum(run.train, ()).reading(1),
     )
 
