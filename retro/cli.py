@@ -250,9 +250,11 @@ def generate(
 
 @app.command("ask")
 def ask(
-    model: ModelPath,
     question: Annotated[
         str | None, typer.Argument(help="A question. Without one: those that are typed, or piped in, one a line.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a trained model [the one that comes with the project].")
     ] = None,
     index: IndexPath = None,
     k: Annotated[int, typer.Option("-k", min=0, help="Passages to read; 0 answers without.")] = 10,
@@ -280,6 +282,7 @@ def ask(
 
     \b
     Examples:
+      retro ask --index wiki.index "When did the 1973 oil crisis begin?"
       retro ask --model wiki.model --index wiki.index "When did the 1973 oil crisis begin?" -k 5
       cat questions.txt | retro ask --model wiki.model --index wiki.index --json > answers.jsonl
     """
@@ -292,6 +295,12 @@ def ask(
     config = answer_config(0 if mode == "closed" else k, max_new_tokens)
     if config.num_neighbors and index is None:
         raise ConfigError("finding passages needs an index: name one, or ask without (-k 0)")
+    if model is None:
+        from retro.demo import bundled_model
+
+        if mode == "prompt":
+            raise ConfigError("--mode prompt needs a causal language model of Hugging Face: name one with --model")
+        model = bundled_model()
     opened = index if config.num_neighbors else None
     answerer = _open_answerer(model, opened, resolve_devices(device), method, where, pasted=mode == "prompt")
     asker = Asker(config=config, as_json=as_json, **answerer)
@@ -310,7 +319,9 @@ def ask(
 
 @app.command("serve")
 def serve(
-    model: Annotated[Path, typer.Argument(help="Folder of a trained model.")],
+    model: Annotated[
+        Path | None, typer.Argument(help="Folder of a trained model [the one that comes with the project].")
+    ] = None,
     index: Annotated[
         list[str] | None,
         typer.Option(
@@ -358,7 +369,7 @@ def serve(
 
     \b
     Examples:
-      retro serve wiki.model --index wiki.index
+      retro serve --index wiki.index
       retro serve wiki.model --index wiki.index --host 0.0.0.0 --api-key-file keys.txt --admin-key-file admin.txt
     """
     from index_builder.search import METHODS
@@ -368,6 +379,10 @@ def serve(
         from retro.serve.server import serve as run
     except ModuleNotFoundError as error:
         raise DependencyError(f"serving needs {error.name}: pip install 'retro-lm[serve]'") from error
+    if model is None:
+        from retro.demo import bundled_model
+
+        model = bundled_model()
     environment = os.environ.get
     keys = Keys.read(
         key_file=api_key_file,
@@ -405,19 +420,22 @@ def serve(
 @app.command("demo")
 def demo(
     folder: Annotated[
-        Path, typer.Option("--dir", help="Where demo.index, demo.data and demo.model are made.")
+        Path,
+        typer.Option("--dir", help="Where demo.index is made, and with --train demo.tok, demo.data and demo.model."),
     ] = Path(),
+    train: Annotated[bool, typer.Option("--train", help="Train a tiny model, too, in some minutes.")] = False,
     device: Device = "auto",
 ) -> None:
-    """The whole path on a small corpus: index, search, train, ask. Run again, finished stages are reused.
+    """The whole path on a small corpus: index, search, ask, change the index. Run again, finished stages are reused.
 
     \b
-    Example:
+    Examples:
       retro demo
+      retro demo --train
     """
     from retro.demo import run_demo
 
-    run_demo(folder, device=resolve_devices(device), bars=bars, train_bar=train_bar)
+    run_demo(folder, device=resolve_devices(device), bars=bars, train_bar=train_bar if train else None)
 
 
 @app.command("env")

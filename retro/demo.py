@@ -1,6 +1,8 @@
-"""The whole path on the bundled corpus: index, search, training data, training, answers. `retro demo` and `make demo` run it."""
+"""The whole path on the bundled corpus: index, search, answers, a changed index, training. `retro demo` and `make demo` run it."""
 
 import dataclasses
+import json
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,7 +13,7 @@ import typer
 
 from retro.errors import FormatError
 
-CORPUS, QUESTIONS = "squad11_dev_paragraphs.jsonl.xz", "squad11_dev.jsonl.xz"
+CORPUS, QUESTIONS, MODEL = "squad11_dev_paragraphs.jsonl.xz", "squad11_dev.jsonl.xz", "answers.model"
 SEARCHES = (
     "When did the 1973 oil crisis begin?",
     "What do plants use chlorophyll for?",
@@ -24,6 +26,13 @@ ASKED = (
     "Which company made the Apollo lunar module?",
     "What gas do plants release during photosynthesis?",
 )
+FACT_QUESTION = "Who won the chess tournament of Warsaw in 2031?"
+FACT = {
+    "id": "chess-2031",
+    "title": "Chess tournament of Warsaw",
+    "text": "The chess tournament of Warsaw in 2031 was won by Oona Fairweather, who drew only one of her games.",
+}
+"""Something that no model knows, for the last step."""
 
 
 def examples_folder() -> Path:
@@ -38,30 +47,45 @@ def examples_folder() -> Path:
     raise FormatError(f"the bundled corpus {CORPUS} is missing: install retro-lm again")
 
 
+def bundled_model() -> Path:
+    """Folder of the model that comes with the project.
+
+    Raises:
+        FormatError: It is not there.
+    """
+    folder = examples_folder() / MODEL
+    if not folder.is_dir():
+        raise FormatError(f"the bundled model {MODEL} is missing: install retro-lm again, or name a model of your own")
+    return folder
+
+
 def run_demo(
     folder: Path,
     *,
     device: str,
     bars: Callable[[], AbstractContextManager[Any]],
-    train_bar: Callable[[], AbstractContextManager[Any]],
+    train_bar: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> None:
-    """Runs every stage that is not finished yet; results go to stdout."""
-    from index_builder.build import build_index, train_tokenizer
-    from index_builder.config import BuildConfig, DataConfig
-    from index_builder.corpus import ReadOptions
-    from index_builder.neighbors import build_training_data
+    """Runs every stage that is not finished yet; results go to stdout.
+
+    Args:
+        folder: Where artifacts are made.
+        device: Of everything.
+        bars: Progress of an index.
+        train_bar: Progress of training, where a model of one's own is to be trained, too.
+    """
+    from index_builder.build import build_index
+    from index_builder.config import BuildConfig
+    from index_builder.live import add_documents, remove_documents
     from index_builder.search import IndexRetriever
-    from retro import train as training
     from retro.answer import ask
     from retro.checkpoint import load_model
-    from retro.config import PRESETS, RunConfig
 
     started = time.monotonic()
-    corpus = [f"squad={examples_folder() / CORPUS}"]
-    index, data, model = folder / "demo.index", folder / "demo.data", folder / "demo.model"
+    index = folder / "demo.index"
     _headline("1. Index", "2,067 paragraphs of 48 Wikipedia articles, cut into chunks, encoded, made searchable.")
     with bars() as progress:
-        build_index(corpus, index, BuildConfig(), device=device, progress=progress)
+        build_index([f"squad={examples_folder() / CORPUS}"], index, BuildConfig(), device=device, progress=progress)
     retriever = IndexRetriever.open(index, device=device)
     _headline("2. Search", "Three questions, the best passages of each.")
     for query in SEARCHES:
@@ -69,9 +93,55 @@ def run_demo(
         for passage in retriever.retrieve([query], 2, role="query")[0]:
             _show(passage.score, passage.title, passage.full_text)
 
+    _headline("3. Answers", "The bundled model reads ten passages for each question; here are the first three of them.")
+    network, tokenizer, _ = load_model(bundled_model(), device)
+
+    def show(question: str, count: int = 3) -> None:
+        answer = ask(network, tokenizer, question, retriever=retriever)
+        typer.echo(f"\n  {question}\n  -> {' '.join(answer.text.split())}   (confidence {answer.confidence:.2f})")
+        for passage in answer.passages[:count]:
+            _show(passage.score, passage.title, passage.full_text)
+
+    for question in ASKED:
+        show(question)
+
+    _headline("4. Knowledge by index", "A document is added, asked about, and removed again. Nothing is trained.")
+    show(FACT_QUESTION, 1)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "news.jsonl"
+        path.write_text(json.dumps(FACT) + "\n", encoding="utf-8")
+        add_documents(index, [f"news={path}"], update=True, device=device)
+    show(FACT_QUESTION, 1)
+    remove_documents(index, [f"news:{FACT['id']}"])
+    show(FACT_QUESTION, 1)
+    if train_bar is not None:
+        _train(folder, retriever, device=device, bars=bars, train_bar=train_bar)
+
+    _headline("Your own folder", f"Done in {time.monotonic() - started:.0f} s. Next, with your files:")
+    typer.echo('\n  retro index build my_folder --out my.index\n  retro ask --index my.index "your question"\n')
+
+
+def _train(
+    folder: Path,
+    retriever: Any,
+    *,
+    device: str,
+    bars: Callable[[], AbstractContextManager[Any]],
+    train_bar: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    """A tokenizer, training data and a tiny model out of the same corpus."""
+    from index_builder.build import train_tokenizer
+    from index_builder.config import DataConfig
+    from index_builder.corpus import ReadOptions
+    from index_builder.neighbors import build_training_data
+    from retro import train as training
+    from retro.checkpoint import load_model
+    from retro.config import PRESETS, RunConfig
+
+    corpus, data, model = [f"squad={examples_folder() / CORPUS}"], folder / "demo.data", folder / "demo.model"
     _headline(
-        "3. Training data",
-        "The same paragraphs in the model's tokens, each chunk with two neighbors from other paragraphs.",
+        "5. Training data",
+        "The same paragraphs in a tokenizer of their own, each chunk with two neighbors from other paragraphs.",
     )
     with bars() as progress:
         tokenizer = train_tokenizer(
@@ -80,7 +150,6 @@ def run_demo(
         build_training_data(
             corpus, data, tokenizer=tokenizer, retriever=retriever, config=DataConfig(), progress=progress
         )
-
     tiny = PRESETS["tiny"]
     run = RunConfig(
         model=tiny.model,
@@ -88,29 +157,14 @@ def run_demo(
             tiny.train, data=str(data), out=str(model), device=device, steps=400, warmup_steps=40
         ),
     )
-    _headline("4. Training", "A model of 2.4 million parameters reads them for a few minutes.")
+    _headline("6. Training", "A language model of 2.4 million parameters reads them for a few minutes.")
     with train_bar() as progress:
         training.train(run, progress=progress)
-    network, own_tokenizer, info = load_model(model, device)
-    loss = {kind: info["training"][f"test_loss_{kind}_nats"] for kind in ("on", "off", "shuffled")}
+    loss = {kind: load_model(model)[2]["training"][f"test_loss_{kind}_nats"] for kind in ("on", "off", "shuffled")}
     typer.echo(
         "\n  Test loss in nats per token: "
         f"{loss['on']:.3f} with its neighbors, {loss['off']:.3f} without, {loss['shuffled']:.3f} with those of others."
     )
-
-    _headline("5. Answers", "Five questions, each with the passages that the model read.")
-    typer.echo(
-        "\n  A model that was trained for minutes answers badly; its passages are right.\n"
-        "  Look at the passages: they are what a trained model reads its answer from."
-    )
-    for question in ASKED:
-        answer = ask(network, own_tokenizer, question, retriever=retriever)
-        typer.echo(f"\n  {question}\n  -> {' '.join(answer.text.split())}   (confidence {answer.confidence:.2f})")
-        for passage in answer.passages[:3]:
-            _show(passage.score, passage.title, passage.full_text)
-
-    _headline("Your own folder", f"Done in {time.monotonic() - started:.0f} s. Next, with your files:")
-    typer.echo('\n  retro index build my_folder --out my.index\n  retro index search my.index "your question" -k 5\n')
 
 
 def _headline(title: str, text: str) -> None:

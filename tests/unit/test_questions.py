@@ -1,6 +1,7 @@
 """Question data: what is written is what is read; what a question is trained with, against a naive account of the rules."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,6 +11,7 @@ import torch
 from builders import toy_model_config, toy_tokenizer
 
 from retro.answer import question_prompt, source_text
+from retro.attention import Places
 from retro.config import TrainConfig
 from retro.data import Batch, Retrieval
 from retro.errors import ConfigError, FormatError, MismatchError
@@ -21,6 +23,8 @@ from retro.question_batches import (
     QuestionItem,
     Reading,
     WithReplay,
+    _packed,
+    _Row,
     compacted,
     question_batch,
 )
@@ -331,3 +335,69 @@ def test_a_split_without_questions_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no question in the split 'valid'"):
         QuestionBatches([data], "valid", chunk_len=M, neighbor_len=R, seed=0)
     assert np.all(data.arrays.splits == 0)
+
+
+def test_evidence_marks_the_answer_wherever_it_stands_and_nothing_else() -> None:
+    sources = ["it is ab, not ba, but ab", "ba", "", "nothing here"]
+    row = _Row(
+        prompt=TOKENIZER.encode("?" * M).ids, answer=TOKENIZER.encode("ab").ids, sources=TOKENIZER.encode_batch(sources)
+    )
+    batch = _packed([row], TOKENIZER.eos_id, M, K=4, R=R, evidence=True)
+    assert batch.evidence_BLKR is not None
+    marked = [
+        "".join(c for c, m in zip(s.ljust(R), line, strict=True) if m)
+        for s, line in zip(sources, batch.evidence_BLKR[0, 0], strict=True)
+    ]
+    assert marked == ["abab", "", "", ""]
+    assert not batch.evidence_BLKR[0, 1:].any()
+    assert _packed([row], TOKENIZER.eos_id, M, K=4, R=R).evidence_BLKR is None
+
+
+@pytest.mark.parametrize("make", [lambda batch: batch, compacted], ids=["whole", "compacted"])
+@pytest.mark.parametrize("positions", ["rotary", "relative"])
+def test_pointing_is_the_attention_that_lies_on_the_next_token(make: Any, positions: str) -> None:
+    """Against a plain softmax over what each layer's CCA is called with."""
+    config = toy_model_config(
+        vocab_size=TOKENIZER.vocab_size, chunk_len=M, num_layers=3, cca_layers=(1, 3), positions=positions
+    )
+    model = Retro(config).initialize(torch.Generator().manual_seed(0)).double()
+    answers = ["ab", "a" * (M + 5), "zz"]
+    sources = [["x ab y ab", "ab"], ["_" + "a" * (M + 5)], ["a z", "nothing"]]
+    rows = [
+        _Row(prompt=TOKENIZER.encode("?" * n).ids, answer=TOKENIZER.encode(a).ids, sources=TOKENIZER.encode_batch(s))
+        for n, a, s in zip((M - 3, 2 * M, 5), answers, sources, strict=True)
+    ]
+    batch = make(_packed(rows, TOKENIZER.eos_id, M, K=2, R=R, evidence=True))
+    plain = model(**replace(batch, evidence_BLKR=None).tensors())
+    torch.testing.assert_close(model(**batch.tensors()), plain, rtol=0, atol=0)  # without a weight it counts nothing
+    model.pointing = 0.5
+    asked: list[torch.Tensor] = []
+    for layer in model.layers:
+        if layer.cca is not None:
+            layer.cca_norm.register_forward_hook(lambda _module, _inputs, output: asked.append(output))
+    read: list[torch.Tensor] = []
+    model.encoder.register_forward_hook(lambda _module, _inputs, output: read.append(output))
+    added = float((model(**batch.tensors()) - plain).detach()) / 0.5
+    slot_BT = torch.arange(batch.inputs_BT.shape[1]).expand(3, -1) if batch.slot_BT is None else batch.slot_BT
+    reading = batch.keep_BLKR.flatten(2).any(dim=2)
+    expected, n = [0.0, 0.0], -1
+    for b, chunk in reading.nonzero().tolist():
+        n += 1
+        for t in range(slot_BT.shape[1]):
+            place = int(slot_BT[b, t]) - ((chunk + 1) * M - 1)
+            ids = batch.neighbors_BLKR[b, chunk].flatten()
+            right = batch.evidence_BLKR[b, chunk].flatten() & (ids == batch.targets_BT[b, t])
+            if not (batch.loss_BT[b, t] and 0 <= place < M and right.any()):
+                continue
+            for j, cca in enumerate(layer.cca for layer in model.layers if layer.cca is not None):
+                own = Places.range(M - 1 + place, M + place, cca, read[0])
+                keys = Places.range(0, R, cca, read[0], repeat=2)
+                q = cca.queries(asked[j][b, t][None, None], own)
+                k, _ = cca.keys_values(read[0][n].flatten(0, 1)[None], keys)
+                logits = (q @ k.mT)[0, :, 0] / config.head_dim**0.5
+                bias = cca.bias(q, own, keys)
+                logits = logits if bias is None else logits + bias[0, :, 0]
+                logits[:, ~batch.keep_BLKR[b, chunk].flatten()] = -torch.inf
+                expected[j] -= float(logits.softmax(dim=-1)[:, right].sum(dim=-1).mean().log().detach())
+    assert all(value > 1 for value in expected)
+    assert added == pytest.approx(sum(expected) / 2, rel=1e-6)
