@@ -156,6 +156,9 @@ class TrainConfig:
     """Rate at the last step of the cosine."""
     encoder_rate: float = 1.0
     """The neighbor encoder's rate as a share of the others': pretrained weights want a lower one."""
+    table_rate: float = 1.0
+    """The token table's rate as such a share; 0 leaves it as it is. As output weights all of its rows have a gradient at every
+    step, which soon takes a pretrained table apart: Adam moves a row by the whole rate, however small its gradient."""
     warmup_steps: int = 50
     """Steps of linear warm-up from zero."""
     weight_decay: float = 0.1
@@ -260,6 +263,7 @@ class TrainConfig:
             "prefetch",
             "context_passages",
             "pointing",
+            "table_rate",
             "seed",
         )
         weights = self.data_weights
@@ -697,7 +701,15 @@ PRESETS: dict[str, RunConfig] = {
             encoder_ffw_dim=1536,
         ),
         train=TrainConfig(
-            task="qa", encoder=DEFAULT_ENCODER, neighbor_len=160, batch_size=32, micro_batch_size=32, learning_rate=5e-4
+            task="qa",
+            encoder=DEFAULT_ENCODER,
+            neighbor_len=160,
+            batch_size=32,
+            micro_batch_size=32,
+            learning_rate=1e-3,
+            encoder_rate=0.2,
+            table_rate=0.0,
+            pointing=1.0,
         ),
     ),
     **{f"retro-{name}": _paper(**sizes, retrieval=True) for name, sizes in _PAPER.items()},

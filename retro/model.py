@@ -234,7 +234,8 @@ class Retro(nn.Module):
         attention begins nearly uniform. What a fixed 0.02 for everything costs at the widths used here: docs/decisions.md.
 
         Where tokens have one table and CCA's value and output matrices are square, these two begin as each other's inverse, so that
-        CCA hands on what it attends to, as it is: copying need not be found out (docs/decisions.md).
+        CCA hands on what it attends to, as it is: copying need not be found out (docs/decisions.md). What a BERT reads of the
+        decoder begins as embeddings, which it knows: residual branches before it begin as zero.
         """
         for name, parameter in self.named_parameters():
             if name.startswith("encoder.") and isinstance(self.encoder, BertEncoder):
@@ -257,6 +258,10 @@ class Retro(nn.Module):
                     cca.out.weight.copy_(cca.v.weight.t())
         if isinstance(self.encoder, BertEncoder):
             self.encoder.initialize(generator)
+            for layer in list(self.layers)[: min(self.config.cca_layers)]:
+                branches: Any = (layer.attention.out, layer.ffw.down)
+                for linear in branches if layer.index + 1 < min(self.config.cca_layers) else branches[:1]:
+                    nn.init.zeros_(linear.weight)
         return self
 
     def forward(

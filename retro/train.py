@@ -176,6 +176,8 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
     if config.activation_checkpointing:
         model.checkpoint_activations()
     model.pointing = config.pointing
+    if config.table_rate == 0:
+        model.embedding.weight.requires_grad_(requires_grad=False)
     if ranks.size > 1:
         shard(model, device, dtype)
     model.to(device)
@@ -350,11 +352,12 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
 
 def make_optimizer(model: Retro, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); matrices decay, biases and the scales of the norms do not."""
+    shares = {"encoder": config.encoder_rate, "embedding": config.table_rate}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = config.weight_decay if parameter.ndim >= 2 else 0.0
-            share = config.encoder_rate if name.startswith("encoder.") else 1.0
+            share = shares.get(name.partition(".")[0], 1.0)
             groups.setdefault((decay, share), []).append(parameter)
     options = [{"params": few, "weight_decay": decay, "share": share} for (decay, share), few in groups.items()]
     return torch.optim.AdamW(options, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)

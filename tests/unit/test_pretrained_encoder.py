@@ -106,6 +106,20 @@ def test_the_decoder_has_the_encoders_table(bert: Path) -> None:
     assert torch.equal(begun(bert).embedding.weight, table_VE)
 
 
+@pytest.mark.parametrize("cca_layers", [(1, 2), (2,)])
+def test_what_the_encoder_reads_of_the_decoder_begins_as_embeddings(bert: Path, cca_layers: tuple[int, ...]) -> None:
+    model = begun(bert, cca_layers=cca_layers)
+    M = model.config.chunk_len
+    ids_1T = torch.arange(3, 3 + 2 * M)[None]
+    seen: list[torch.Tensor] = []
+    assert model.encoder is not None
+    model.encoder.register_forward_pre_hook(lambda _module, arguments: seen.append(arguments[2]))
+    near = torch.full((1, 2, 1, 4), 7)
+    with torch.no_grad():
+        model.hidden(ids_1T, neighbors_BLKR=near, keep_BLKR=torch.ones_like(near, dtype=torch.bool))
+        assert torch.equal(torch.cat(seen), model.embedding(ids_1T).view(2, M, -1))
+
+
 def test_the_preset_fits_the_default_encoder_whose_tokenizer_has_its_name() -> None:
     run = PRESETS["reader"]
     model = Retro(run.model).initialize(torch.Generator().manual_seed(0))
@@ -170,15 +184,16 @@ def test_with_a_base_it_is_refused() -> None:
         load_run_config(None, ["base.name=gpt2"], preset="reader")
 
 
-def test_the_encoders_rate_is_a_share_of_the_others(bert: Path) -> None:
+def test_encoder_and_table_have_shares_of_the_rate(bert: Path) -> None:
     from retro.data import Batch
     from retro.train import make_optimizer, train_step
 
     model = begun(bert)
-    optimizer = make_optimizer(model, TrainConfig(encoder_rate=0.25, weight_decay=0.0))
+    optimizer = make_optimizer(model, TrainConfig(encoder_rate=0.25, table_rate=0.125, weight_decay=0.0))
     shares = {id(p): group["share"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
-        assert shares[id(parameter)] == (0.25 if name.startswith("encoder.") else 1.0), name
+        expected = {"encoder": 0.25, "embedding": 0.125}.get(name.partition(".")[0], 1.0)
+        assert shares[id(parameter)] == expected, name
     M = model.config.chunk_len
     ids = torch.arange(2 * M)[None] % model.config.vocab_size
     full = torch.ones(1, 2 * M, dtype=torch.bool)
@@ -195,5 +210,6 @@ def test_the_encoders_rate_is_a_share_of_the_others(bert: Path) -> None:
     train_step(model, optimizer, batch, micro_batch_size=1, rate=1e-3, grad_clip=0, dtype=torch.float32)
     # The first step of Adam moves every weight that has a gradient by its rate.
     moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in model.named_parameters()}
-    assert moved["layers.0.attention.v.weight"] == pytest.approx(1e-3, rel=1e-2)
+    assert moved["layers.1.attention.v.weight"] == pytest.approx(1e-3, rel=1e-2)
     assert moved["encoder.bert.encoder.layer.0.output.dense.weight"] == pytest.approx(2.5e-4, rel=1e-2)
+    assert moved["embedding.weight"] == pytest.approx(1.25e-4, rel=1e-2)
