@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 
 import builders
 import pytest
+import tokenizers
 import torch
 from builders import toy_model_config, toy_tokenizer
 from torch import Tensor
@@ -18,14 +19,16 @@ from retro.answer import (
     passage_text,
     question_prompt,
     source_text,
+    to_answer,
 )
 from retro.chunks import Passage
 from retro.config import GenerateConfig
 from retro.data import Batch
 from retro.errors import ConfigError
-from retro.generate import Role, prompt_ids
+from retro.generate import Generation, Role, generate, prompt_ids
 from retro.model import Retro
 from retro.question_batches import QuestionItem, closed_book, question_batch
+from retro.tokenizer import Tokenizer
 
 M = 16
 R = 24
@@ -279,6 +282,67 @@ def test_pieces_are_streamed() -> None:
         on_token=lambda _, piece: pieces.append(piece),
     )
     assert "".join(pieces) == answer.generation.text
+
+
+# Tokenizers that change texts
+
+
+def word_piece_answer(word_pieces: str, said: str, passages: Sequence[Passage]) -> Answer:
+    """What is made of these words, said by a model with a tokenizer as of BERT."""
+    tokenizer = Tokenizer.wrap(tokenizers.Tokenizer.from_str(word_pieces))
+    ids = tokenizer.encode(said).ids.tolist()
+    generation = Generation(
+        text=" " + tokenizer.decode(ids),
+        ids=[*ids, tokenizer.eos_id],
+        log_probs=[-0.5] * (len(ids) + 1),
+        finished=True,
+    )
+    return to_answer(QUESTION, passages, generation, tokenizer=tokenizer)
+
+
+def test_an_answer_is_written_as_the_first_passage_that_has_it_writes_it(word_pieces: str) -> None:
+    found = [
+        passage("Of oil, no word."),
+        passage("The price was $1,000 in the U.S.,", continuation=" said the OIL Crisis Board."),
+    ]
+    for said, written in [
+        ("oil crisis", "OIL Crisis"),
+        ("u.s.", "U.S."),
+        ("$ 1 , 000", "$1,000"),
+        ("oil", "oil"),
+        ("OIL", "oil"),
+    ]:
+        assert word_piece_answer(word_pieces, said, found).text == written
+
+
+def test_an_answer_that_no_passage_has_is_the_tokenizers_text(word_pieces: str) -> None:
+    assert word_piece_answer(word_pieces, "Oil Price", [passage("oil"), passage("")]).text == "oil price"
+    assert word_piece_answer(word_pieces, "Oil", []).text == "oil"
+    assert word_piece_answer(word_pieces, "", [passage("oil")]).text == ""
+
+
+def test_which_tokenizers_keep_texts_as_they_are(word_pieces: str) -> None:
+    assert toy_tokenizer().keeps_text
+    assert not Tokenizer.wrap(tokenizers.Tokenizer.from_str(word_pieces)).keeps_text
+
+
+def test_pieces_of_words_are_streamed_as_the_text_that_they_make(word_pieces: str) -> None:
+    tokenizer = Tokenizer.wrap(tokenizers.Tokenizer.from_str(word_pieces))
+    model = Retro(toy_model_config(vocab_size=tokenizer.vocab_size, chunk_len=M))
+    for seed in range(5):
+        model.initialize(torch.Generator().manual_seed(seed)).eval()
+        pieces: list[str] = []
+        generation = generate(
+            model,
+            tokenizer,
+            ["When did the oil crisis begin?"],
+            GenerateConfig(num_neighbors=0, temperature=1.0, seed=seed, max_new_tokens=24),
+            retriever=None,
+            on_token=lambda _, piece: pieces.append(piece),  # noqa: B023
+        )[0]
+        prompt = prompt_ids("When did the oil crisis begin?", tokenizer)
+        assert "".join(pieces) == generation.text
+        assert generation.text == tokenizer.decode([*prompt, *generation.ids])[len(tokenizer.decode(prompt)) :]
 
 
 # Many questions, and bad ones
