@@ -274,8 +274,8 @@ class _Watched:
     """Of CCA [J]."""
     normed: list[Tensor]
     """What each of them got as queries [B, T, D]."""
-    encoded: Tensor | None = None
-    """Neighbors [N, K, R, E]; None where there were none."""
+    encoded: list[Tensor]
+    """Neighbors, perhaps of some chunks at a time: [N, K, R, E] together."""
 
 
 @contextlib.contextmanager
@@ -285,16 +285,13 @@ def _watching(model: Any) -> Iterator[_Watched]:
         layers: Any = [(layer.cca_norm, layer.cca) for layer in model.layers if layer.cca is not None]
     else:
         layers = [(cross.norm, cross.attention) for cross in model.cca]
-    watched = _Watched([attention for _, attention in layers], [])
-
-    def take_encoded(_module: Any, _arguments: Any, encoded_NKRE: Tensor) -> None:
-        watched.encoded = encoded_NKRE
+    watched = _Watched([attention for _, attention in layers], [], [])
 
     hooks = [
         norm.register_forward_hook(lambda _module, _arguments, normed_BTD: watched.normed.append(normed_BTD))
         for norm, _ in layers
     ]
-    hooks.append(model.encoder.register_forward_hook(take_encoded))
+    hooks.append(model.encoder.register_forward_hook(lambda _module, _arguments, part: watched.encoded.append(part)))
     try:
         yield watched
     finally:
@@ -312,9 +309,10 @@ def _shares(model: Any, watched: _Watched, placed: Placed) -> tuple[Int64s, Floa
     K, R = placed.keep_1LKR.shape[2:]
     source_nK = np.full((n, K), -1, np.int64)
     share_JnKR = np.zeros((len(watched.attentions), n, K, R))
-    if watched.encoded is None:
+    if not watched.encoded:
         return source_nK, share_JnKR
     chunk_N, _, keep_NKR = Neighborhood.of(placed.neighbors_1LKR, placed.keep_1LKR, every=model.every_chunk)
+    encoded_NKRE = torch.cat(watched.encoded)
     # Slot (u+1)M - 1 + i is query i of chunk u; only some of these slots predict an output token.
     query_NM = ((chunk_N + 1) * M - 1)[:, None] + torch.arange(M) - slots.start
     there_NM = (query_NM >= 0) & (query_NM < n) & keep_NKR.flatten(1).any(dim=1)[:, None]
@@ -323,7 +321,7 @@ def _shares(model: Any, watched: _Watched, placed: Placed) -> tuple[Int64s, Floa
     read_QK = torch.where(keep_NKR.any(dim=2), placed.source_LK[chunk_N], -1)[row_Q]
     source_nK[place_Q] = read_QK.numpy()
     for j, (cca, normed_1TD) in enumerate(zip(watched.attentions, watched.normed, strict=True)):
-        weights_NMS = _weights(cca, normed_1TD, watched.encoded, chunk_N, keep_NKR, M)
+        weights_NMS = _weights(cca, normed_1TD, encoded_NKRE, chunk_N, keep_NKR, M)
         share_JnKR[j, place_Q] = weights_NMS[there_NM].view(-1, K, R).numpy()
     return source_nK, share_JnKR
 

@@ -130,7 +130,12 @@ class WatchedOracle(Oracle):
 
 @pytest.mark.parametrize("changes", [{}, {"positions": "relative"}, {"cca_positions": False}], ids=str)
 @pytest.mark.parametrize("lead", [0, 3])
-def test_shares_are_the_attention_of_the_naive_oracle(changes: dict[str, Any], lead: int) -> None:
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_shares_are_the_attention_of_the_naive_oracle(
+    changes: dict[str, Any], lead: int, in_parts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if in_parts:
+        monkeypatch.setattr("retro.model.ENCODED_PER_PART", 1)
     model, read = network(**changes), reading(lead)
     found = attribute(model, TOKENIZER, read, neighbor_len=R)
     oracle = WatchedOracle(model.config, model.state_dict())
