@@ -77,6 +77,7 @@ def load_encoder(model: Any, name: str, tokenizer_fingerprint: str) -> None:
         for key in own
         if key in given and given[key].shape != own[key].shape
     ]
+    table_VE = table_VE[: model.config.vocab_size]  # some tables have more rows than their tokenizer has tokens
     if table_VE.shape != model.embedding.weight.shape:
         problems.append(f"the table is {list(table_VE.shape)} instead of {list(model.embedding.weight.shape)}")
     if problems:

@@ -90,6 +90,7 @@ def make_encoder(word_pieces: str) -> Callable[..., Path]:
         pooling: str = "mean",
         num_heads: int = 4,
         dropout: float = 0.1,
+        positions: int = 128,
     ) -> Path:
         import torch
         import transformers
@@ -102,7 +103,7 @@ def make_encoder(word_pieces: str) -> Callable[..., Path]:
             num_hidden_layers=2,
             num_attention_heads=num_heads,
             intermediate_size=64,
-            max_position_embeddings=128,
+            max_position_embeddings=positions,
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
             # Larger than usual, so that texts of a random network do not all have nearly the same vector.

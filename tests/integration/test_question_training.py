@@ -286,6 +286,55 @@ def test_a_model_trains_on_questions_and_an_interrupted_training_goes_on_exactly
     assert info["training"]["data"] == "asked.questions"
 
 
+def test_a_pretrained_encoder_learns_to_read_with_its_own_table_as_it_is(
+    asked: tuple[Path, list[dict[str, Any]]],
+    retriever: IndexRetriever,
+    make_encoder: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    bert = make_encoder(tmp_path / "bert", positions=512)
+    tokenizer, data = Tokenizer.load(str(bert)), tmp_path / "bert.questions"
+    build_questions(
+        [str(asked[0])], data, tokenizer=tokenizer, retriever=retriever, config=QuestionConfig(num_passages=4)
+    )
+    changes: dict[str, Any] = {
+        "encoder": str(bert),
+        "encoder_rate": 0.5,
+        "table_rate": 0.0,
+        "pointing": 1.0,
+        "learning_rate": 5e-3,
+        "passages": (2,),
+        "steps": 60,
+        "eval_every": 60,
+        "save_every": 30,
+    }
+    sizes = {"dim": 32, "encoder_dim": 32, "encoder_layers": 2, "encoder_heads": 4, "encoder_head_dim": 8}
+    model = replace(toy_model_config(chunk_len=16, cca_layers=(1, 2), **sizes), encoder="bert", encoder_ffw_dim=64)
+
+    def made(out: Path, **more: Any) -> RunConfig:
+        return RunConfig(model=model, train=replace(run(data, out).train, **(changes | more)))
+
+    train(made(tmp_path / "whole.model"))
+    first, second = (line["loss_nats"] for line in (losses(tmp_path / "whole.model")[n] for n in (0, -2)))
+    assert second < 0.6 * first
+    weights = load_file(tmp_path / "whole.model" / "model.safetensors")
+    before = load_file(bert / "model.safetensors")
+    table_VE = weights["embedding.weight"]
+    assert torch.equal(table_VE, before["embeddings.word_embeddings.weight"][: len(table_VE)])
+    name = "encoder.layer.0.output.dense.weight"
+    assert not torch.equal(weights[f"encoder.bert.{name}"], before[name])
+
+    def stop(progress: Any) -> None:
+        if progress.step == 40:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(made(tmp_path / "broken.model"), progress=stop)
+    train(made(tmp_path / "broken.model"))
+    for key, tensor in load_file(tmp_path / "broken.model" / "model.safetensors").items():
+        assert torch.equal(tensor, weights[key]), key
+
+
 def test_exact_match_counts_the_answers_that_greedy_decoding_would_give(data: Path, tmp_path: Path) -> None:
     train(run(data, tmp_path / "a.model", steps=150, learning_rate=5e-3, passages=(1,), eval_every=150, save_every=150))
     model, tokenizer, _ = load_model(tmp_path / "a.model")

@@ -1,5 +1,6 @@
 """A pretrained encoder as the beginning of a neighbor encoder; its own library says what it reads."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
+from transformers import BertModel, GPT2Config, GPT2Model
 
 from retro.config import DEFAULT_ENCODER, PRESETS, ModelConfig, RunConfig, TrainConfig, load_run_config
 from retro.errors import ConfigError, MismatchError
@@ -17,22 +18,8 @@ from retro.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
-def bert(word_pieces: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small encoder with random weights that are large enough for every token to matter."""
-    folder = tmp_path_factory.mktemp("bert")
-    config = BertConfig(
-        vocab_size=1500,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        initializer_range=0.3,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        BertModel(config).save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(word_pieces, encoding="utf-8")
-    return folder
+def bert(make_encoder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_encoder(tmp_path_factory.mktemp("bert") / "bert", positions=512)
 
 
 def sizes(folder: Path, **changes: Any) -> ModelConfig:
@@ -106,6 +93,11 @@ def test_the_decoder_has_the_encoders_table(bert: Path) -> None:
     assert torch.equal(begun(bert).embedding.weight, table_VE)
 
 
+def test_of_a_table_that_is_larger_than_the_vocabulary_the_rest_is_left_out(bert: Path) -> None:
+    table_VE = begun(bert).embedding.weight
+    assert torch.equal(begun(bert, vocab_size=1475).embedding.weight, table_VE[:1475])
+
+
 @pytest.mark.parametrize("cca_layers", [(1, 2), (2,)])
 def test_what_the_encoder_reads_of_the_decoder_begins_as_embeddings(bert: Path, cca_layers: tuple[int, ...]) -> None:
     model = begun(bert, cca_layers=cca_layers)
@@ -140,7 +132,7 @@ def test_another_tokenizer_is_refused(bert: Path) -> None:
         ({"encoder_layers": 1}, r"encoder.layer.1\S+ is unknown"),
         ({"encoder_layers": 5}, r"encoder.layer.2\S+ is missing"),
         ({"encoder_ffw_dim": 7}, r"is \[\d+, \d+\] instead of \[7, \d+\]|is \[\d+\] instead of \[7\]"),
-        ({"vocab_size": 7}, r"the table is .* instead of \[7,"),
+        ({"vocab_size": 1501}, r"the table is .* instead of \[1501,"),
     ],
 )
 def test_other_sizes_are_refused(bert: Path, changes: dict[str, Any], message: str) -> None:
