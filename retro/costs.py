@@ -190,6 +190,10 @@ def _encoder_flops(config: ModelConfig, chunks: float, K: int, R: int) -> float:
     """Of the neighbors of so many chunks."""
     E, M = config.encoder_dim, config.chunk_len
     inner = config.encoder_heads * config.encoder_head_dim
+    if config.encoder == "bert":  # the chunk stands in front of each neighbor
+        T = R + M * config.encoder_conditioned
+        layer = chunks * K * (_attention_flops(T, T, E, E, inner) + 4 * T * E * config.encoder_ffw_dim)
+        return config.encoder_layers * layer
     rows = chunks * K * R
     layer = chunks * K * _attention_flops(R, R, E, E, inner) + 4 * rows * E * config.encoder_ffw_dim
     cross = chunks * _attention_flops(K * R, M, E, config.dim, inner)
@@ -339,7 +343,12 @@ def _activation_bytes(config: ModelConfig, T: int, neighbors: int, R: int, size:
     layer = 2 * norm(T, D) + attention(T, T, *heads, T) + 2 * T * config.ffw_dim * size
     ends = norm(T, D) + norm(P, E)
     cca = encoder_layer = cross = 0
-    if P:
+    if P and config.encoder == "bert":
+        cca = norm(T, D) + attention(T, P, *heads, P * M // T, config.cca_positions)
+        rows = P + neighbors * M * config.encoder_conditioned
+        encoder_layer = 2 * norm(rows, E) + 2 * rows * config.encoder_ffw_dim * size
+        encoder_layer += attention(rows, rows, *encoder_heads, R, relative=False)
+    elif P:
         cca = norm(T, D) + attention(T, P, *heads, P * M // T, config.cca_positions)
         encoder_layer = 2 * norm(P, E) + 2 * P * config.encoder_ffw_dim * size
         encoder_layer += attention(P, P, *encoder_heads, R)

@@ -67,6 +67,8 @@ CONFIGS = {
     "relative without positions in CCA": toy_model_config(positions="relative", cca_positions=False),
     "relative, unconditioned": toy_model_config(positions="relative", encoder_conditioned=False, encoder_layers=2),
     "no CCA": toy_model_config(cca_layers=()),
+    "bert": toy_model_config(encoder="bert", cca_layers=(1, 2), encoder_layers=2, encoder_ffw_dim=40),
+    "bert, unconditioned, relative": toy_model_config(encoder="bert", encoder_conditioned=False, positions="relative"),
 }
 SIZES = {"seq_len": 48, "num_neighbors": 3, "neighbor_len": 12}
 
