@@ -169,15 +169,22 @@ def test_training_goes_on_with_another_number_of_ranks(data: Path, alone: Path, 
     assert_same_losses(finished(1, data, out), alone)
 
 
-def test_relative_positions_untied_tables_and_checkpointed_activations(data: Path, tmp_path: Path) -> None:
-    model = {
-        "positions": "relative",
-        "tie_embeddings": False,
-        "encoder_dim": 24,
-        "encoder_layers": 2,
-        "num_layers": 3,
-        "cca_layers": (2, 3),
-    }
+@pytest.mark.parametrize(
+    "model",
+    [
+        {
+            "positions": "relative",
+            "tie_embeddings": False,
+            "encoder_dim": 24,
+            "encoder_layers": 2,
+            "num_layers": 3,
+            "cca_layers": (2, 3),
+        },
+        {"encoder": "bert", "encoder_layers": 2, "num_layers": 3, "cca_layers": (1, 3)},
+    ],
+    ids=["relative-untied", "bert"],
+)
+def test_other_networks_with_checkpointed_activations(model: dict[str, Any], data: Path, tmp_path: Path) -> None:
     expected = train(toy_run(data, tmp_path / "alone", **CHANGES, model=model))
     assert_same_losses(finished(2, data, tmp_path / "m", model=model, activation_checkpointing=True), expected)
 
