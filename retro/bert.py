@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from retro.config import BERT_POSITIONS, ModelConfig
+from retro.errors import ConfigError
 
 _ALIKE = 16
 """Neighbors are read in groups whose lengths differ by less than this many tokens."""
@@ -28,7 +29,7 @@ class BertEncoder(nn.Module):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        """Makes it with random weights of transformers; see `initialize` and `load`."""
+        """Makes it with random weights of transformers; see `initialize` and `retro.pretrained_encoder.load_encoder`."""
         super().__init__()
         from transformers import BertConfig, BertModel
 
@@ -69,8 +70,17 @@ class BertEncoder(nn.Module):
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
 
     def forward(self, x_NKRE: Tensor, keep_NKR: Tensor, hidden_NMD: Tensor, keep_NM: Tensor) -> Tensor:
-        """Encodes the neighbors of N chunks; see `retro.model.NeighborEncoder.forward`."""
+        """Encodes the neighbors of N chunks; see `retro.model.NeighborEncoder.forward`.
+
+        Raises:
+            ConfigError: Chunk and neighbor are longer than BERT_POSITIONS.
+        """
         N, K, R, E = x_NKRE.shape
+        if self.config.chunk_len + R > BERT_POSITIONS:
+            raise ConfigError(
+                f"{R} tokens of a neighbor behind a chunk of {self.config.chunk_len}: this encoder reads at most {BERT_POSITIONS} "
+                "at once; lower neighbor_len"
+            )
         keep_PR = keep_NKR.reshape(N * K, R)
         x_PRE = x_NKRE.reshape(N * K, R, E).masked_fill(~keep_PR[..., None], 0.0)
         hidden_NSE, keep_NS = self._compact(hidden_NMD, keep_NM)
@@ -115,9 +125,8 @@ class BertEncoder(nn.Module):
         both_GUE = torch.cat([hidden_GSE.to(x_GRE.dtype), x_GRE], dim=1)
         there_GU = torch.cat([torch.arange(S, device=x_GRE.device) < size_G[:, None], keep_GR], dim=1)
         there_GT = there_GU.gather(1, from_GT) & (behind_GT < length_G[:, None])
-        there_GT = there_GT | (
-            ~there_GT.any(dim=1, keepdim=True) & (place_T == 0)
-        )  # attention to nothing has no gradient
+        nothing_G1 = ~there_GT.any(dim=1, keepdim=True)
+        there_GT = there_GT | (nothing_G1 & (place_T == 0))  # attention to nothing has no gradient
         read = self.bert(
             # An embedding is scaled, see model.Embedding; BERT's own are not.
             inputs_embeds=both_GUE.gather(1, from_GT[..., None].expand(G, T, E)) / math.sqrt(E),

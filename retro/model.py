@@ -258,10 +258,12 @@ class Retro(nn.Module):
                     cca.out.weight.copy_(cca.v.weight.t())
         if isinstance(self.encoder, BertEncoder):
             self.encoder.initialize(generator)
-            for layer in list(self.layers)[: min(self.config.cca_layers)]:
-                branches: Any = (layer.attention.out, layer.ffw.down)
-                for linear in branches if layer.index + 1 < min(self.config.cca_layers) else branches[:1]:
-                    nn.init.zeros_(linear.weight)
+            first = min(self.config.cca_layers)
+            for layer in self.layers[:first]:
+                branch: Any = layer
+                nn.init.zeros_(branch.attention.out.weight)
+                if branch.index + 1 < first:
+                    nn.init.zeros_(branch.ffw.down.weight)
         return self
 
     def forward(

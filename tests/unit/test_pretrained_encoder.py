@@ -87,6 +87,13 @@ def _rms(x_RE: torch.Tensor) -> torch.Tensor:
     return x_RE / x_RE.square().mean(dim=1, keepdim=True).sqrt()
 
 
+def test_more_than_it_has_places_for_is_refused(bert: Path) -> None:
+    model = begun(bert)
+    near = torch.ones(1, 1, 1, 449, dtype=torch.long)
+    with pytest.raises(ConfigError, match="reads at most 512 at once; lower neighbor_len"):
+        model.hidden(torch.ones(1, model.config.chunk_len, dtype=torch.long), neighbors_BLKR=near, keep_BLKR=near > 0)
+
+
 def test_the_decoder_has_the_encoders_table(bert: Path) -> None:
     own: Any = BertModel.from_pretrained(bert)
     table_VE = own.get_input_embeddings().weight

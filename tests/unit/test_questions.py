@@ -360,14 +360,14 @@ def test_pointing_is_the_attention_that_lies_on_the_next_token(make: Any, positi
     config = toy_model_config(
         vocab_size=TOKENIZER.vocab_size, chunk_len=M, num_layers=3, cca_layers=(1, 3), positions=positions
     )
-    model = Retro(config).initialize(torch.Generator().manual_seed(0)).double()
+    model: Any = Retro(config).initialize(torch.Generator().manual_seed(0)).double()
     answers = ["ab", "a" * (M + 5), "zz"]
     sources = [["x ab y ab", "ab"], ["_" + "a" * (M + 5)], ["a z", "nothing"]]
     rows = [
         _Row(prompt=TOKENIZER.encode("?" * n).ids, answer=TOKENIZER.encode(a).ids, sources=TOKENIZER.encode_batch(s))
         for n, a, s in zip((M - 3, 2 * M, 5), answers, sources, strict=True)
     ]
-    batch = make(_packed(rows, TOKENIZER.eos_id, M, K=2, R=R, evidence=True))
+    batch: Any = make(_packed(rows, TOKENIZER.eos_id, M, K=2, R=R, evidence=True))
     plain = model(**replace(batch, evidence_BLKR=None).tensors())
     torch.testing.assert_close(model(**batch.tensors()), plain, rtol=0, atol=0)  # without a weight it counts nothing
     model.pointing = 0.5
