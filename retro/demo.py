@@ -27,11 +27,11 @@ ASKED = (
     "In which state is the city of Jacksonville?",
 )
 """About articles that the bundled model was not trained on (see examples/answers.py)."""
-FACT_QUESTION = "Who won the chess tournament of Warsaw in 2031?"
+FACT_QUESTION = "Where was the chess congress of 2031 held?"
 FACT = {
     "id": "chess-2031",
-    "title": "Chess tournament of Warsaw",
-    "text": "The chess tournament of Warsaw in 2031 was won by Oona Fairweather, who drew only one of her games.",
+    "title": "Chess congress of 2031",
+    "text": "The chess congress of 2031 was held in Lisbon. It was the first one in which no game was longer than an hour.",
 }
 """Something that no model knows, for the last step."""
 
