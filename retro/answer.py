@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
 
 from retro.chunks import Passage
 from retro.config import GenerateConfig
@@ -118,16 +120,22 @@ def to_answer(
     )
 
 
+def find_ids(ids: Sequence[int] | NDArray[Any], within: Sequence[int] | NDArray[Any]) -> list[int]:
+    """Where a run of tokens begins within others; nowhere for an empty run."""
+    if not 0 < len(ids) <= len(within):
+        return []
+    windows = sliding_window_view(np.asarray(within), len(ids))
+    places: list[int] = np.flatnonzero((windows == np.asarray(ids)).all(axis=1)).tolist()
+    return places
+
+
 def _as_written(ids: Sequence[int], passages: Sequence[Passage], tokenizer: Tokenizer) -> str | None:
     """Tokens as a passage writes them; None where none has them."""
-    wanted = np.asarray(ids)
-    for passage in passages if len(wanted) else ():
+    for passage in passages:
         text = passage.full_text
         found = tokenizer.encode(text)
-        if len(found.ids) >= len(wanted):
-            places = np.flatnonzero((sliding_window_view(found.ids, len(wanted)) == wanted).all(axis=1))
-            if len(places):
-                return text[found.spans[places[0], 0] : found.spans[places[0] + len(wanted) - 1, 1]]
+        if places := find_ids(ids, found.ids):
+            return text[found.spans[places[0], 0] : found.spans[places[0] + len(ids) - 1, 1]]
     return None
 
 

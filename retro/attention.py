@@ -113,9 +113,33 @@ class Attention(nn.Module):
         """[B, T, D] to rotated queries [B, H, T, C]."""
         return places.rotated(self._heads(self.q(x_BTD)))
 
+    def keys(self, context_BSD: Tensor, places: Places) -> Tensor:
+        """[B, S, D] to rotated keys [B, H, S, C]."""
+        return places.rotated(self._heads(self.k(context_BSD)))
+
     def keys_values(self, context_BSD: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """[B, S, D] to rotated keys and values, each [B, H, S, C]."""
-        return places.rotated(self._heads(self.k(context_BSD))), self._heads(self.v(context_BSD))
+        return self.keys(context_BSD, places), self._heads(self.v(context_BSD))
+
+    def weights(
+        self, x_BTD: Tensor, own: Places, context_BSD: Tensor, keys: Places, keep_BS: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """How queries divide their attention among what they look at: [B, H, T, S], which the fast kernels do not give away.
+
+        Args:
+            x_BTD: What asks, and `own`, its places.
+            own: See there.
+            context_BSD: What is looked at, and `keys`, its places.
+            keys: See there.
+            keep_BS: True where it may be seen; a row that may see nothing has equal weights.
+            dtype: Of logits and weights.
+        """
+        q_BHTC = self.queries(x_BTD, own)
+        logits_BHTS = (q_BHTC @ self.keys(context_BSD, keys).mT).to(dtype) / math.sqrt(self.head_dim)
+        bias_BHTS = self.bias(q_BHTC, own, keys)
+        if bias_BHTS is not None:
+            logits_BHTS = logits_BHTS + bias_BHTS
+        return logits_BHTS.masked_fill(~keep_BS[:, None, None, :], torch.finfo(dtype).min).softmax(dim=-1)
 
     def merge(self, y_BHTC: Tensor) -> Tensor:
         """Heads back together and through the output projection: [B, T, D]."""

@@ -8,7 +8,6 @@ passage.
 """
 
 import contextlib
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -333,14 +332,10 @@ def _weights(
     _, K, R = keep_NKR.shape
     own, keys = Places.range(M - 1, 2 * M - 1, cca, normed_1TD), Places.range(0, R, cca, normed_1TD, repeat=K)
     shifted_LMD = F.pad(normed_1TD, (0, 0, 1 - M, M - 1)).view(-1, M, normed_1TD.shape[2])
-    q_NHMC = cca.queries(shifted_LMD[chunk_N.to(shifted_LMD.device)], own)
-    k_NHSC, _ = cca.keys_values(encoded_NKRE.flatten(1, 2), keys)
-    logits_NHMS = (q_NHMC @ k_NHSC.mT).double() / math.sqrt(cca.head_dim)
-    bias_NHMS = cca.bias(q_NHMC, own, keys)
-    if bias_NHMS is not None:
-        logits_NHMS = logits_NHMS + bias_NHMS
-    logits_NHMS = logits_NHMS.cpu().masked_fill(~keep_NKR.flatten(1)[:, None, None, :], -torch.inf)
-    return logits_NHMS.softmax(dim=-1).mean(dim=1)
+    device = normed_1TD.device
+    queries_NMD, keep_NS = shifted_LMD[chunk_N.to(device)], keep_NKR.flatten(1).to(device)
+    weights_NHMS = cca.weights(queries_NMD, own, encoded_NKRE.flatten(1, 2), keys, keep_NS, torch.float64)
+    return weights_NHMS.mean(dim=1).cpu()
 
 
 def _output_spans(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, Int64s]:

@@ -6,7 +6,6 @@ beginning (training), `Continuation` of a cache by one column or more (decoding)
 Source: arXiv:2112.04426, section 2.4 and algorithm 1.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -98,16 +97,9 @@ class Pointing:
         at_NT = place_NT.clamp(0, chunk_len - 1) + chunk_len - 1
         own = Places.of(at_NT, chunk_len - 1, 2 * chunk_len - 2, cca, normed_BTD.dtype)
         keys = Places.range(0, R, cca, encoded_NSE, repeat=K)
-        q_NHTC = cca.queries(normed_BTD[row_N], own)
-        k_NHSC, _ = cca.keys_values(encoded_NSE, keys)
-        logits_NHTS = (q_NHTC @ k_NHSC.mT).float() / math.sqrt(cca.head_dim)
-        bias_NHTS = cca.bias(q_NHTC, own, keys)
-        if bias_NHTS is not None:
-            logits_NHTS = logits_NHTS + bias_NHTS
-        logits_NHTS = logits_NHTS.masked_fill(
-            ~near.keep_NKR.flatten(1)[:, None, None, :], torch.finfo(torch.float32).min
-        )
-        share_NT = (logits_NHTS.softmax(dim=-1) * right_NTS[:, None]).sum(dim=-1).mean(dim=1)
+        keep_NS = near.keep_NKR.flatten(1)
+        weights_NHTS = cca.weights(normed_BTD[row_N], own, encoded_NSE, keys, keep_NS, torch.float32)
+        share_NT = (weights_NHTS * right_NTS[:, None]).sum(dim=-1).mean(dim=1)
         nats_NT = -share_NT.clamp_min(1e-9).log()
         self.losses.append(nats_NT.masked_fill(~counts_NT, 0.0).sum())
 

@@ -241,12 +241,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def _load_weights(model: Retro, tensors: dict[str, Tensor], path: Path) -> None:
     """Copies tensors into the network's own memory, so that their place in a file cannot change any rounding."""
-    _check_shapes(model, {name: tensor.shape for name, tensor in tensors.items()}, path)
+    _check_shapes(model, shapes_of(tensors), path)
     model.load_state_dict(tensors)
 
 
-def _check_shapes(model: Retro, shapes: Mapping[str, torch.Size], path: Path) -> None:
-    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+def shape_problems(own: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size]) -> list[str]:
+    """What keeps tensors of these shapes from being a network's own, in words."""
     problems = [f"{name} is missing" for name in own if name not in shapes]
     problems += [f"{name} is unknown" for name in shapes if name not in own]
     problems += [
@@ -254,7 +254,16 @@ def _check_shapes(model: Retro, shapes: Mapping[str, torch.Size], path: Path) ->
         for name in own
         if name in shapes and shapes[name] != own[name]
     ]
-    if problems:
+    return problems
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """By name."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _check_shapes(model: Retro, shapes: Mapping[str, torch.Size], path: Path) -> None:
+    if problems := shape_problems(shapes_of(model.state_dict()), shapes):
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise MismatchError(
             f"{path} does not fit the network in {CONFIG}: {'; '.join(problems[:3])}{more}. "
@@ -497,7 +506,7 @@ def load_best(folder: Path, model: Retro, step: int) -> None:
     """
     path = _best_path(folder, step)
     tensors = load_tensors(path)
-    _check_shapes(model, {name: tensor.shape for name, tensor in tensors.items()}, path)
+    _check_shapes(model, shapes_of(tensors), path)
     with torch.no_grad():
         for name, own in model.state_dict().items():
             own.copy_(divided(tensors[name], own))

@@ -295,12 +295,9 @@ def ask(
     config = answer_config(0 if mode == "closed" else k, max_new_tokens)
     if config.num_neighbors and index is None:
         raise ConfigError("finding passages needs an index: name one, or ask without (-k 0)")
-    if model is None:
-        from retro.demo import bundled_model
-
-        if mode == "prompt":
-            raise ConfigError("--mode prompt needs a causal language model of Hugging Face: name one with --model")
-        model = bundled_model()
+    if model is None and mode == "prompt":
+        raise ConfigError("--mode prompt needs a causal language model of Hugging Face: name one with --model")
+    model = _or_bundled(model)
     opened = index if config.num_neighbors else None
     answerer = _open_answerer(model, opened, resolve_devices(device), method, where, pasted=mode == "prompt")
     asker = Asker(config=config, as_json=as_json, **answerer)
@@ -379,10 +376,7 @@ def serve(
         from retro.serve.server import serve as run
     except ModuleNotFoundError as error:
         raise DependencyError(f"serving needs {error.name}: pip install 'retro-lm[serve]'") from error
-    if model is None:
-        from retro.demo import bundled_model
-
-        model = bundled_model()
+    model = _or_bundled(model)
     environment = os.environ.get
     keys = Keys.read(
         key_file=api_key_file,
@@ -543,6 +537,15 @@ def _base_sizes(base: Any) -> dict[str, Any]:
     from retro.pretrained import base_sizes
 
     return base_sizes(base)
+
+
+def _or_bundled(model: Path | None) -> Path:
+    """The model that is named, else the one that comes with the project."""
+    if model is not None:
+        return model
+    from retro.demo import bundled_model
+
+    return bundled_model()
 
 
 def _open_model(model: Path, index: Path | None, device: str, method: str, where: str | None) -> tuple[Any, Any, Any]:

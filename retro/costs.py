@@ -343,13 +343,13 @@ def _activation_bytes(config: ModelConfig, T: int, neighbors: int, R: int, size:
     layer = 2 * norm(T, D) + attention(T, T, *heads, T) + 2 * T * config.ffw_dim * size
     ends = norm(T, D) + norm(P, E)
     cca = encoder_layer = cross = 0
-    if P and config.encoder == "bert":
+    if P:
         cca = norm(T, D) + attention(T, P, *heads, P * M // T, config.cca_positions)
+    if P and config.encoder == "bert":
         rows = P + neighbors * M * config.encoder_conditioned
         encoder_layer = 2 * norm(rows, E) + 2 * rows * config.encoder_ffw_dim * size
         encoder_layer += attention(rows, rows, *encoder_heads, R, relative=False)
     elif P:
-        cca = norm(T, D) + attention(T, P, *heads, P * M // T, config.cca_positions)
         encoder_layer = 2 * norm(P, E) + 2 * P * config.encoder_ffw_dim * size
         encoder_layer += attention(P, P, *encoder_heads, R)
         if config.encoder_conditioned:

@@ -111,7 +111,7 @@ def run_demo(
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "news.jsonl"
         path.write_text(json.dumps(FACT) + "\n", encoding="utf-8")
-        add_documents(index, [f"news={path}"], update=True, device=device)
+        add_documents(index, [f"news={path}"], update=True, device=device, encoder=retriever.encoder)
     show(FACT_QUESTION, 1)
     remove_documents(index, [f"news:{FACT['id']}"])
     show(FACT_QUESTION, 1)
@@ -136,7 +136,7 @@ def _train(
     from index_builder.corpus import ReadOptions
     from index_builder.neighbors import build_training_data
     from retro import train as training
-    from retro.checkpoint import load_model
+    from retro.checkpoint import read_config
     from retro.config import PRESETS, RunConfig
 
     corpus, data, model = [f"squad={examples_folder() / CORPUS}"], folder / "demo.data", folder / "demo.model"
@@ -161,7 +161,8 @@ def _train(
     _headline("6. Training", "A language model of 2.4 million parameters reads them for a few minutes.")
     with train_bar() as progress:
         training.train(run, progress=progress)
-    loss = {kind: load_model(model)[2]["training"][f"test_loss_{kind}_nats"] for kind in ("on", "off", "shuffled")}
+    figures = read_config(model)["training"]
+    loss = {kind: figures[f"test_loss_{kind}_nats"] for kind in ("on", "off", "shuffled")}
     typer.echo(
         "\n  Test loss in nats per token: "
         f"{loss['on']:.3f} with its neighbors, {loss['off']:.3f} without, {loss['shuffled']:.3f} with those of others."

@@ -55,28 +55,23 @@ def load_encoder(model: Any, name: str, tokenizer_fingerprint: str) -> None:
     import torch
     from transformers import AutoModel
 
+    from retro.checkpoint import shape_problems, shapes_of
     from retro.tokenizer import Tokenizer
 
+    place = encoder_place(name)
     try:
-        bert: Any = AutoModel.from_pretrained(encoder_place(name), dtype=torch.float32)
+        bert: Any = AutoModel.from_pretrained(place, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ConfigError(f"train.encoder = {name!r} cannot be opened: {error}") from error
     if bert.config.model_type != "bert":
         raise ConfigError(f"train.encoder = {name!r} is of the kind {bert.config.model_type}: take a BERT")
-    if Tokenizer.load(name).fingerprint != tokenizer_fingerprint:
+    if Tokenizer.load(place).fingerprint != tokenizer_fingerprint:
         raise MismatchError(
             f"the training data are not in the tokens of the encoder {name}: make them with --tokenizer {name}"
         )
     given = {key: value for key, value in bert.state_dict().items() if not key.startswith("pooler.")}
     table_VE = given.pop("embeddings.word_embeddings.weight")
-    own = model.encoder.bert.state_dict()
-    problems = [f"{key} is missing" for key in own if key not in given]
-    problems += [f"{key} is unknown" for key in given if key not in own]
-    problems += [
-        f"{key} is {list(given[key].shape)} instead of {list(own[key].shape)}"
-        for key in own
-        if key in given and given[key].shape != own[key].shape
-    ]
+    problems = shape_problems(shapes_of(model.encoder.bert.state_dict()), shapes_of(given))
     table_VE = table_VE[: model.config.vocab_size]  # some tables have more rows than their tokenizer has tokens
     if table_VE.shape != model.embedding.weight.shape:
         problems.append(f"the table is {list(table_VE.shape)} instead of {list(model.embedding.weight.shape)}")

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from retro.answer import NEIGHBOR_LEN, question_prompt
+from retro.answer import NEIGHBOR_LEN, find_ids, question_prompt
 from retro.chunks import Int64s
 from retro.config import TrainConfig
 from retro.data import Batch, Batches, Retrieval
@@ -108,7 +107,7 @@ def _packed(rows: Sequence[_Row], eos_id: int, M: int, *, K: int, R: int, eviden
     evidence_BLKR = torch.zeros_like(keep_BLKR)
     for b, (row, chunks) in enumerate(zip(rows, chunks_B, strict=True) if evidence else ()):
         for k, source in enumerate(row.sources):
-            for place in _places(source[:R], row.answer):
+            for place in find_ids(row.answer, source[:R]):
                 evidence_BLKR[
                     b, chunks - 1 : (chunks * M + len(row.answer)) // M, k, place : place + len(row.answer)
                 ] = True
@@ -122,14 +121,6 @@ def _packed(rows: Sequence[_Row], eos_id: int, M: int, *, K: int, R: int, eviden
         keep_BLKR=keep_BLKR,
         evidence_BLKR=evidence_BLKR if evidence else None,
     )
-
-
-def _places(source: Sequence[int] | NDArray[Any], answer: Sequence[int] | NDArray[Any]) -> list[int]:
-    """Where an answer begins in a source."""
-    if not 0 < len(answer) <= len(source):
-        return []
-    windows = sliding_window_view(np.asarray(source), len(answer))
-    return np.flatnonzero((windows == np.asarray(answer)).all(axis=1)).tolist()
 
 
 # --- batches ------------------------------------------------------------------------------------------------------
