@@ -27,7 +27,7 @@ from retro.metrics import METRICS, read_lines
 from retro.question_batches import QuestionBatches, Reading
 from retro.questions import QuestionData
 from retro.tokenizer import Tokenizer
-from retro.train import evaluate_answers, train
+from retro.train import evaluate_answers, setup, train
 
 K = 4
 
@@ -314,6 +314,8 @@ def test_a_pretrained_encoder_learns_to_read_with_its_own_table_as_it_is(
     def made(out: Path, **more: Any) -> RunConfig:
         return RunConfig(model=model, train=replace(run(data, out).train, **(changes | more)))
 
+    trainable = dict(setup(made(tmp_path / "whole.model")).model.named_parameters())
+    assert [name for name, p in trainable.items() if not p.requires_grad] == ["embedding.weight"]
     train(made(tmp_path / "whole.model"))
     first, second = (line["loss_nats"] for line in (losses(tmp_path / "whole.model")[n] for n in (0, -2)))
     assert second < 0.6 * first
