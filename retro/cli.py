@@ -173,6 +173,10 @@ def export(
         str,
         typer.Option(help="float32; bfloat16: half as large; int8: a quarter, rounded to 8 bits with a scale a row."),
     ] = "bfloat16",
+    bfloat16: Annotated[
+        list[str] | None,
+        typer.Option(help="Module whose matrices stay in bfloat16 beside int8, as in encoder; any number."),
+    ] = None,
     max_shard_size: Annotated[
         str | None, typer.Option(help="Largest file with weights, as in 16MiB [they are one file].")
     ] = None,
@@ -183,14 +187,14 @@ def export(
 
     \b
     Example:
-      retro export wiki.model --out wiki.int8.model --weights int8 --max-shard-size 16MiB
+      retro export wiki.model --out wiki.int8.model --weights int8 --bfloat16 encoder --max-shard-size 16MiB
     """
     from retro.export import export_model
     from retro.quantized import FORMS
 
     limit = None if max_shard_size is None else parse_bytes(max_shard_size)
     form = choice(weights, FORMS, "--weights")
-    made = export_model(model, out, weights=form, max_shard_bytes=limit, overwrite=overwrite)
+    made = export_model(model, out, weights=form, bfloat16=bfloat16 or (), max_shard_bytes=limit, overwrite=overwrite)
     print_report(made.report(), as_json)
 
 

@@ -1,13 +1,14 @@
 """Weights in fewer bits, and in several files: what an exported model is made of, and how it becomes a model again.
 
 In 8 bits a matrix `X` is stored as the integers `X`, int8, and `X_scale`, float32, one for each row: a weight is its integer times
-the scale of its row. Rows are the channels of an output, or the tokens of a table. What has one dimension (norms) stays float32.
+the scale of its row. Rows are the channels of an output, or the tokens of a table. Vectors (norms) stay float32, and
+matrices of modules that suffer most can stay in bfloat16.
 
     O rows of a matrix      I their width
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -42,21 +43,40 @@ def dequantize_rows(q_OI: Tensor, scale_O: Tensor) -> Tensor:
     return q_OI.to(torch.float32) * scale_O[:, None]
 
 
-def stored(tensors: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]:
+def stored(tensors: Mapping[str, Tensor], form: Form, bfloat16: Sequence[str] = ()) -> dict[str, Tensor]:
     """Weights as they are written.
 
+    Args:
+        tensors: By name.
+        form: Of all of them.
+        bfloat16: Modules whose matrices are written in bfloat16 where `form` is int8, as in `encoder` or `layers.0.cca`.
+
     Raises:
-        FormatError: One of them is infinite or not a number.
+        ConfigError: There is no matrix in a module of that name.
+        FormatError: One of the weights is infinite or not a number.
     """
+    if bfloat16 and form != "int8":
+        raise ConfigError(f"modules stay in bfloat16 where the others are int8, not {form}")
+    matrices = [name for name, tensor in tensors.items() if tensor.ndim == 2]
+    for module in bfloat16:
+        if not any(_is_in(name, module) for name in matrices):
+            some = ", ".join(sorted({name.partition(".")[0] for name in matrices}))
+            raise ConfigError(f"no matrix lies in a module {module!r}: the largest modules are {some}")
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise FormatError(f"{name} holds weights that are infinite or not a number: train the model again")
-        if form == "int8" and tensor.ndim == 2:
+        if form == "int8" and tensor.ndim == 2 and any(_is_in(name, module) for module in bfloat16):
+            result[name] = tensor.to(torch.bfloat16)
+        elif form == "int8" and tensor.ndim == 2:
             result[name], result[name + SCALE] = quantize_rows(tensor)
         else:
             result[name] = tensor.to(torch.bfloat16 if form == "bfloat16" else torch.float32)
     return result
+
+
+def _is_in(name: str, module: str) -> bool:
+    return f"{name}.".startswith(f"{module}.")
 
 
 def restored(tensors: Mapping[str, Tensor], where: object) -> dict[str, Tensor]:

@@ -39,9 +39,16 @@ class QuestionItem:
 
 
 def question_batch(
-    items: Sequence[QuestionItem], tokenizer: Tokenizer, chunk_len: int, *, neighbor_len: int = NEIGHBOR_LEN
+    items: Sequence[QuestionItem],
+    tokenizer: Tokenizer,
+    chunk_len: int,
+    *,
+    neighbor_len: int = NEIGHBOR_LEN,
+    evidence: bool = False,
 ) -> Batch:
     """Prompts with their answers on the grid: loss on the answer and EOS only.
+
+    With `evidence`, the places where an answer stands in its sources are marked, for the loss of `pointing`.
 
     Raises:
         ConfigError: There is no item, or an empty question.
@@ -56,7 +63,7 @@ def question_batch(
         )
         for item in items
     ]
-    return _packed(rows, tokenizer.eos_id, chunk_len, K=_most_sources(rows), R=neighbor_len)
+    return _packed(rows, tokenizer.eos_id, chunk_len, K=_most_sources(rows), R=neighbor_len, evidence=evidence)
 
 
 def closed_book(items: Sequence[QuestionItem]) -> list[QuestionItem]:

@@ -98,6 +98,7 @@ def test_the_report_says_what_lies_in_the_folder(trained: Path, tmp_path: Path) 
     assert report == {
         "folder": str(out),
         "weights": "bfloat16",
+        "bfloat16": [],
         "files": len(sizes),
         "weights_bytes": sum(sizes),
         "largest_file_bytes": max(sizes),
@@ -120,10 +121,27 @@ def test_a_copy_in_8_bits_says_nearly_what_the_model_says(trained: Path, narrow:
     assert json.loads(done("generate", "--model", narrow, "-k", 0, "abc", "--json").out)["tokens"] > 0
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_a_part_of_a_copy_can_stay_in_bfloat16(trained: Path, narrow: Path, tmp_path: Path) -> None:
+    out = tmp_path / "e.model"
+    arguments = ["--weights", "int8", "--bfloat16", "encoder", "--max-shard-size", LIMIT]
+    report = json.loads(done("export", trained, "--out", out, *arguments, "--json").out)
+    assert report["bfloat16"] == ["encoder"]
+    own, eight, mixed = (load_model(folder)[0].state_dict() for folder in (trained, narrow, out))
+    for name, tensor in mixed.items():
+        matrix_there = name.startswith("encoder.") and tensor.ndim == 2
+        assert torch.equal(tensor, own[name].to(torch.bfloat16).float() if matrix_there else eight[name]), name
+    assert "The matrices of encoder are in bfloat16. In " in (out / "README.md").read_text()
+    refused(command("export", trained, "--out", out, "--weights", "int8"), "bfloat16", "--overwrite")
+    refused(
+        command("export", trained, "--out", tmp_path / "f.model", "--weights", "int8", "--bfloat16", "coder"), "'coder'"
+    )
+    assert not (tmp_path / "f.model").exists()
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int8 --bfloat16 encoder"])
 def test_transformers_open_every_copy_as_we_do(weights: str, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "e.model"
-    done("export", trained, "--out", out, "--weights", weights, "--max-shard-size", "18KiB")
+    done("export", trained, "--out", out, "--weights", *weights.split(), "--max-shard-size", "18KiB")
     assert (out / INDEX).is_file()
     ours = load_model(out)[0]
     opened: Any = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)

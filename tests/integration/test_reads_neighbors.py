@@ -143,6 +143,7 @@ def trained(world: World, tokenizer: Tokenizer) -> Retro:
         chunk_len=CHUNK_LEN,
     )
     model = Retro(config).initialize(torch.Generator().manual_seed(0))
+    model.pointing = 1.0
     optimizer = make_optimizer(model, TrainConfig())
     passages, mastered = 1, None
     for step in range(1, 1801):
@@ -151,7 +152,7 @@ def trained(world: World, tokenizer: Tokenizer) -> Retro:
         train_step(
             model,
             optimizer,
-            question_batch(items, tokenizer, CHUNK_LEN, neighbor_len=NEIGHBOR_LEN),
+            question_batch(items, tokenizer, CHUNK_LEN, neighbor_len=NEIGHBOR_LEN, evidence=True),
             micro_batch_size=64,
             rate=1e-3 * min(1, step / 30) * max(decay, 0.1),
             grad_clip=1.0,

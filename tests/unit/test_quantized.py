@@ -93,6 +93,29 @@ def test_bfloat16_is_rounded_to_nearest() -> None:
         assert tensor.flatten().tolist() == [to_bfloat16(x) for x in weights[name].flatten().tolist()]
 
 
+def test_matrices_of_modules_that_are_named_stay_in_bfloat16_beside_8_bits() -> None:
+    weights = random_weights() | {"layer10.weight": torch.randn(4, 3)}
+    mixed = stored(weights, "int8", bfloat16=["layer1", "layer3.weight"])
+    plain, wide = stored(weights, "int8"), stored(weights, "bfloat16")
+    kept = {"layer1.weight", "layer3.weight"}  # layer10 is another module; norm1 is none of these either
+    assert mixed.keys() == plain.keys() - {name + SCALE for name in kept}
+    for name, tensor in mixed.items():
+        assert torch.equal(tensor, wide[name] if name in kept else plain[name])
+    back = restored(mixed, "x")
+    for name in weights:
+        assert torch.equal(back[name].float(), (wide[name].float() if name in kept else restored(plain, "x")[name]))
+
+
+def test_modules_that_do_not_exist_cannot_stay_in_bfloat16() -> None:
+    for missing in ("layer", "norm0", "layer0.weight.more", ""):
+        with pytest.raises(
+            ConfigError, match=f"no matrix lies in a module '{missing}': .* layer0, layer1, layer2, layer3"
+        ):
+            stored(random_weights(), "int8", bfloat16=["layer0", missing])
+    with pytest.raises(ConfigError, match="not float32"):
+        stored(random_weights(), "float32", bfloat16=["layer0"])
+
+
 def test_matrices_take_8_bits_and_vectors_stay_as_they_are() -> None:
     weights = random_weights()
     narrow = stored(weights, "int8")
