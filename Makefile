@@ -30,14 +30,13 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n auto
 
-# Of the tests the quick ones; all of them are in `make test`, which CI runs first.
+# What needs no running of the code.
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/retro eval readme README.md benchmarks/results/report --check
-	$(BIN)/python -m pytest -n auto -m "not slow" tests/unit tests/golden
 
 bench: setup
 	$(BIN)/python benchmarks/squad_recall.py

@@ -45,6 +45,7 @@ from retro.errors import ConfigError, MismatchError, TrainingError
 from retro.metrics import METRICS, Course, Lines, Metrics, read_lines
 from retro.mixture import Mixture, corpus_seed, open_corpora
 from retro.model import Retro
+from retro.pretrained import digests
 from retro.pretrained_encoder import load_encoder
 from retro.question_batches import Curriculum, QuestionBatches, Reading, WithReplay
 from retro.questions import QuestionData, common_tokenizer, open_questions
@@ -173,6 +174,7 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
         run = replace(run, model=replace(run.model, vocab_size=tokenizer.vocab_size))
     prints = [artifact.fingerprint(data.manifest["files"]) for data in _opened_data(corpora, questions)]
     model = _network(run, tokenizer, device, dtype)
+    encoder = digests(model.encoder) if config.encoder and not config.init else {}
     if config.activation_checkpointing:
         model.checkpoint_activations()
     model.pointing = config.pointing
@@ -194,6 +196,8 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
         recipe["base"] = {**options, "weights": artifact.fingerprint(model.digests)}
     if config.init:
         recipe["init"] = artifact.fingerprint(artifact.read_manifest(Path(config.init), KIND)["files"])
+    if encoder:
+        recipe["encoder"] = artifact.fingerprint(encoder)
     return Setup(
         run=run,
         corpora={} if questions else corpora,

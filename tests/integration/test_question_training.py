@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -332,6 +333,12 @@ def test_a_pretrained_encoder_learns_to_read_with_its_own_table_as_it_is(
 
     with pytest.raises(KeyboardInterrupt):
         train(made(tmp_path / "broken.model"), progress=stop)
+    own = tmp_path / "bert" / "model.safetensors"
+    own.rename(tmp_path / "own")
+    shutil.copy(make_encoder(tmp_path / "other", positions=512, seed=1) / "model.safetensors", own)
+    with pytest.raises(ConfigError, match="encoder"):
+        train(made(tmp_path / "broken.model"))
+    (tmp_path / "own").replace(own)
     train(made(tmp_path / "broken.model"))
     for key, tensor in load_file(tmp_path / "broken.model" / "model.safetensors").items():
         assert torch.equal(tensor, weights[key]), key
