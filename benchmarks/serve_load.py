@@ -329,7 +329,11 @@ async def memory(server: Server, requests: int) -> dict[str, Any]:
     warm = max(requests // 10, 100)
     await send(0, warm)
     before = server.resident_mib()
-    seconds, _ = await timed(send(warm, requests))
+    seconds, course = 0.0, []
+    for part in range(10):
+        took, _ = await timed(send(warm + part * requests // 10, (part + 1) * requests // 10 - part * requests // 10))
+        seconds += took
+        course.append(round(server.resident_mib()[1]))
     after = server.resident_mib()
     return {
         "failed": sum(count for status, count in statuses.items() if status >= 500 or status == 0),
@@ -340,6 +344,7 @@ async def memory(server: Server, requests: int) -> dict[str, Any]:
         "own_mib_before": before[1],
         "own_mib_after": after[1],
         "own_ratio": after[1] / before[1],
+        "own_mib_after_each_tenth": course,
         "requests_per_s": requests / seconds,
     }
 

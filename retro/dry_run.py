@@ -23,7 +23,16 @@ from retro.distributed import joined, rank_device
 from retro.errors import ConfigError
 from retro.plan import digits, mean_forward, memory_report, run_memory, share_added
 from retro.retrofit_costs import base_flops, base_memory, matrix_shapes, retrofit_flops
-from retro.train import Progress, Setup, StepResult, learning_rate, resolve_device, setup, train_step
+from retro.train import (
+    Progress,
+    Setup,
+    StepResult,
+    learning_rate,
+    question_flops,
+    resolve_device,
+    setup,
+    train_step,
+)
 
 MAX_STEPS = 10
 """Steps that are timed at most."""
@@ -188,9 +197,22 @@ def measure_training(
         name = f"{parts.device} with {torch.get_num_threads()} threads"
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     bfloat16 = parts.dtype == torch.bfloat16
-    retrieving = _retrieving(parts, state)
+    # Of the next sequences, those that drop their neighbors included.
+    batch = parts.batches.batch(
+        state.sequence,
+        min(parts.run.train.batch_size, 256),
+        neighbor_dropout=parts.run.train.neighbor_dropout if parts.questions else 0.0,
+    )
+    retrieving = _retrieving(parts, batch)
     peak = device_peak_flops(name) if bfloat16 else None
-    forward = mean_forward(parts.run, retrieving)
+    forward = question_flops(parts.run.model, batch) if parts.questions else mean_forward(parts.run, retrieving)
+    sized = parts.run
+    if parts.questions:  # whose batches are as long as they must be
+        T, K, R = batch.inputs_BT.shape[1], 1, 1
+        if batch.keep_BLKR is not None:
+            K, R = batch.keep_BLKR.shape[2:]
+            T = max(T, parts.run.model.chunk_len * int(batch.keep_BLKR.flatten(2).any(dim=2).sum(dim=1).max()))
+        sized = replace(sized, train=replace(sized.train, seq_len=T, num_neighbors=K, neighbor_len=R))
     return RunPlan(
         run=parts.run,
         device=f"{f'{ranks.size} x ' if ranks.size > 1 else ''}{name}, {'bfloat16' if bfloat16 else 'float32'}",
@@ -203,7 +225,7 @@ def measure_training(
         peak=None if peak is None else peak * ranks.size,
         measured_memory=used,
         memory=run_memory(
-            parts.run,
+            sized,
             parts.run.train.micro_batch_size,
             ranks=ranks.size,
             bfloat16=bfloat16,
@@ -292,10 +314,9 @@ def _step(parts: Setup, batch: Batch, config: TrainConfig, number: int) -> StepR
     )
 
 
-def _retrieving(parts: Setup, state: TrainingState) -> float:
-    """Share of the chunks that have neighbors, looked up in the next sequences, those that drop them included."""
-    config = parts.run.train
-    batch = parts.batches.batch(state.sequence, min(config.batch_size, 256))
+def _retrieving(parts: Setup, batch: Batch) -> float:
+    """Share of the chunks that have neighbors."""
     if batch.keep_BLKR is None:
         return 0.0
-    return (1 - config.neighbor_dropout) * float(batch.keep_BLKR.flatten(2).any(dim=2).float().mean())
+    dropped = 0.0 if parts.questions else parts.run.train.neighbor_dropout
+    return (1 - dropped) * float(batch.keep_BLKR.flatten(2).any(dim=2).float().mean())

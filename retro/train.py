@@ -37,8 +37,8 @@ from retro.checkpoint import (
     save_training,
 )
 from retro.chunks import TrainingData
-from retro.config import Precision, RunConfig, TrainConfig, config_to_dict
-from retro.costs import cpu_has_bfloat16, device_peak_flops, forward_flops, mfu, training_flops
+from retro.config import ModelConfig, Precision, RunConfig, TrainConfig, config_to_dict
+from retro.costs import Flops, cpu_has_bfloat16, device_peak_flops, forward_flops, mfu, training_flops
 from retro.data import Batch, Batches, Retrieval, prefetched
 from retro.distributed import ALONE, Ranks, joined, rank_device, shard, whole, whole_state, with_same_work
 from retro.errors import ConfigError, MismatchError, TrainingError
@@ -958,8 +958,7 @@ def _record(
     if parts.device.type == "cuda":
         record["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(parts.device)
         peak = device_peak_flops(torch.cuda.get_device_name(parts.device))
-        counted = parts.run.base is None and not parts.questions  # whose FLOPs follow from seq_len
-        if peak is not None and parts.dtype == torch.bfloat16 and counted:
+        if peak is not None and parts.dtype == torch.bfloat16 and parts.run.base is None:
             record["mfu"] = utilization(parts.run, batch, meter.step_s, peak * parts.ranks.size)
     return record
 
@@ -974,14 +973,39 @@ def utilization(run: RunConfig, batch: Batch, step_s: float, peak: float) -> flo
         peak: FLOP/s of all devices together.
     """
     keep_BLKR = batch.keep_BLKR
-    forward = forward_flops(
-        run.model,
-        seq_len=run.train.seq_len,
-        num_neighbors=0 if keep_BLKR is None else run.train.num_neighbors,
-        neighbor_len=run.train.neighbor_len,
-        retrieving=0.0 if keep_BLKR is None else float(keep_BLKR.flatten(2).any(dim=2).float().mean()),
-    )
+    if run.train.task == "lm":
+        forward = forward_flops(
+            run.model,
+            seq_len=run.train.seq_len,
+            num_neighbors=0 if keep_BLKR is None else run.train.num_neighbors,
+            neighbor_len=run.train.neighbor_len,
+            retrieving=0.0 if keep_BLKR is None else float(keep_BLKR.flatten(2).any(dim=2).float().mean()),
+        )
+    else:
+        forward = question_flops(run.model, batch)
     return mfu(run.train.batch_size * training_flops(forward), step_s, peak)
+
+
+def question_flops(config: ModelConfig, batch: Batch) -> Flops:
+    """FLOPs of a forward pass over a question, on average over a batch of them.
+
+    Columns are counted as they are, padding included, as for text. Passages are counted by the tokens that they have, for their
+    lengths differ much, and logits where the loss wants them.
+    """
+    T, M = batch.inputs_BT.shape[1], config.chunk_len
+    forward = forward_flops(config, seq_len=T, num_neighbors=0, neighbor_len=0)
+    forward = replace(forward, head=forward.head * float(batch.loss_BT.float().mean()))
+    if batch.keep_BLKR is None or not config.cca_layers:
+        return forward
+    tokens_BLK = batch.keep_BLKR.sum(dim=3)
+    neighbors_BL = (tokens_BLK > 0).sum(dim=2)
+    chunks, neighbors = int((neighbors_BL > 0).sum()), int(neighbors_BL.sum())
+    if not neighbors:
+        return forward
+    K, R = round(neighbors / chunks), round(int(tokens_BLK.sum()) / neighbors)
+    of_chunk = forward_flops(config, seq_len=M, num_neighbors=K, neighbor_len=R)
+    share = chunks / len(batch.inputs_BT)
+    return replace(forward, encoder=share * of_chunk.encoder, cca=share * of_chunk.cca)
 
 
 @contextlib.contextmanager

@@ -22,13 +22,15 @@ from retro.chat import chat_prompt
 from retro.checkpoint import load_model
 from retro.chunks import SPLITS
 from retro.config import ModelConfig, RunConfig, TrainConfig
+from retro.costs import forward_flops
+from retro.dry_run import measure_training
 from retro.errors import ConfigError, MismatchError
 from retro.generate import Prompt, generate
 from retro.metrics import METRICS, read_lines
 from retro.question_batches import QuestionBatches, Reading
 from retro.questions import QuestionData
 from retro.tokenizer import Tokenizer
-from retro.train import evaluate_answers, setup, train
+from retro.train import evaluate_answers, question_flops, setup, train
 
 K = 4
 
@@ -342,6 +344,31 @@ def test_a_pretrained_encoder_learns_to_read_with_its_own_table_as_it_is(
     train(made(tmp_path / "broken.model"))
     for key, tensor in load_file(tmp_path / "broken.model" / "model.safetensors").items():
         assert torch.equal(tensor, weights[key]), key
+
+
+def test_a_dry_run_counts_questions_by_their_own_lengths(data: Path, tmp_path: Path) -> None:
+    asked = run(data, tmp_path / "a.model", passages=(2,), neighbor_dropout=0.0, micro_batch_size=4, batch_size=4)
+    plan = measure_training(replace(asked, train=replace(asked.train, seq_len=4096)))
+    parts = setup(asked)
+    batch = parts.batches.batch(0, 4)
+    assert batch.keep_BLKR is not None
+    config, M = parts.run.model, parts.run.model.chunk_len
+    T = batch.inputs_BT.shape[1]
+    # A naive count: every chunk that reads costs encoder and CCA for its passages, at their mean length.
+    lengths = [[int(n) for n in neighbors.sum(dim=1) if n] for row in batch.keep_BLKR for neighbors in row]
+    reading = [chunk for chunk in lengths if chunk]
+    assert len(reading) >= 4
+    K, R = (round(sum(map(len, reading)) / len(reading)), round(sum(map(sum, reading)) / sum(map(len, reading))))
+    of_chunk = forward_flops(config, seq_len=M, num_neighbors=K, neighbor_len=R).retrieval
+    bare = forward_flops(config, seq_len=T, num_neighbors=0, neighbor_len=1)
+    logits = int(batch.loss_BT.sum()) * 2 * config.dim * config.vocab_size
+    total = 4 * (bare.attention + bare.feed_forward) + logits + len(reading) * of_chunk
+    assert plan.flops_per_step == pytest.approx(3 * total, rel=1e-9)
+    closed = question_flops(config, replace(batch, neighbors_BLKR=None, keep_BLKR=None))
+    assert closed.retrieval == 0
+    assert closed.decoder == pytest.approx(bare.attention + bare.feed_forward + logits / 4)
+    shorter = measure_training(replace(asked, train=replace(asked.train, passages=(1,))))
+    assert shorter.memory.activations < plan.memory.activations < 4 * shorter.memory.activations
 
 
 def test_exact_match_counts_the_answers_that_greedy_decoding_would_give(data: Path, tmp_path: Path) -> None:
