@@ -14,6 +14,8 @@ from retro.config import Positions
 
 KeysValues = tuple[Tensor, Tensor]
 """Each [B, H, S, C]."""
+DENSE_SLOTS = 64
+"""Sequences of so many slots or fewer are masked whole: calls for each of their segments would cost more than they save."""
 
 
 class Places(NamedTuple):
@@ -215,8 +217,9 @@ class CausalMask(NamedTuple):
             changes = (segment_BT[:, 1:] != segment_BT[:, :-1]).cpu()
             if not changes.any():
                 return cls()
-            ends = [[*(row.nonzero()[:, 0] + 1).tolist(), T] for row in changes]
-            return cls(runs=[[end - start for start, end in zip([0, *row], row, strict=False)] for row in ends])
+            if T > DENSE_SLOTS:
+                ends = [[*(row.nonzero()[:, 0] + 1).tolist(), T] for row in changes]
+                return cls(runs=[[end - start for start, end in zip([0, *row], row, strict=False)] for row in ends])
         causal_TT = torch.ones(T, T, dtype=torch.bool, device=segment_BT.device).tril()
         return cls((segment_BT[:, None, :, None] == segment_BT[:, None, None, :]) & causal_TT, None)
 
@@ -227,11 +230,11 @@ class CausalMask(NamedTuple):
         if self.runs is not None:
             # Only what may be seen is computed: T^2 of a sequence becomes the sum of its segments' squares.
             rows = []
-            for lengths, *row in zip(self.runs, q_BHTC, k_BHTC, v_BHTC, strict=True):
-                parts = zip(*(torch.split(x_HTC, lengths, dim=1) for x_HTC in row), strict=True)
+            for lengths, *row in zip(self.runs, *(x_BHTC.split(1) for x_BHTC in (q_BHTC, k_BHTC, v_BHTC)), strict=True):
+                parts = zip(*(torch.split(x_1HTC, lengths, dim=2) for x_1HTC in row), strict=True)
                 made = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in parts]
-                rows.append(torch.cat(made, dim=1))
-            return torch.stack(rows)
+                rows.append(torch.cat(made, dim=2))
+            return torch.cat(rows)
         if self.dense_B1TT is None:
             return F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, is_causal=True)
         mask = self.dense_B1TT if bias_BHTT is None else bias_BHTT.masked_fill(~self.dense_B1TT, -torch.inf)

@@ -767,16 +767,18 @@ def test_flex_attention_sees_what_the_dense_mask_says() -> None:
     assert_same(one_segment.attend(q, k, v, None), CausalMask.of(torch.zeros(B, T), dense=True).attend(q, k, v, None))
 
 
-def test_segments_one_by_one_are_what_the_dense_mask_says_forward_and_backward() -> None:
+@pytest.mark.parametrize("times", [1, 5])
+def test_segments_one_by_one_are_what_the_dense_mask_says_forward_and_backward(times: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    segment_BT = torch.tensor([[3] * 10 + [7] * 9 + [-1] * 5, [-1] * 3 + [1] * 21, [5] * 24])
-    shape = (3, 2, 24, 8)
+    segments = [[3] * 10 + [7] * 9 + [-1] * 5, [-1] * 3 + [1] * 21, [5] * 24]
+    segment_BT = torch.tensor(segments).repeat_interleave(times, dim=1)
+    shape = (3, 2, 24 * times, 8)
     results = []
     for dense in (False, True):
         generator.manual_seed(0)
         q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3))
         mask = CausalMask.of(segment_BT, dense=dense)
-        assert (mask.runs is None) == dense
+        assert (mask.runs is None) == (dense or times == 1)  # short sequences are masked whole
         y = mask.attend(q, k, v, None)
         y.square().sum().backward()  # type: ignore[no-untyped-call]
         results.append([y.detach(), *(x.grad for x in (q, k, v))])

@@ -35,10 +35,18 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("F.pad(grid_BTD.view(B, T, D), (0, 0, M - 1, 1 - M))", "grid_BTD.view(B, T, D)"),
     ],
     "self-attention crosses documents": [("if not changes.any():", "if True:")],
-    "self-attention crosses from a document into the next": [("row.nonzero()[:, 0] + 1", "row.nonzero()[1:, 0] + 1")],
-    "self-attention sees the next token": [
-        ("(q, k, v, is_causal=True) for q, k, v in parts", "(q, k, v) for q, k, v in parts")
+    "self-attention crosses documents, masked whole": [
+        ("segment_BT[:, None, :, None] == segment_BT[:, None, None, :]", "True")
     ],
+    "self-attention crosses from a document into the next": [
+        ("if T > DENSE_SLOTS:", "if True:"),
+        ("row.nonzero()[:, 0] + 1", "row.nonzero()[1:, 0] + 1"),
+    ],
+    "self-attention sees the next token": [
+        ("if T > DENSE_SLOTS:", "if True:"),
+        ("(q, k, v, is_causal=True) for q, k, v in parts", "(q, k, v) for q, k, v in parts"),
+    ],
+    "self-attention sees the next token, masked whole": [(".tril()", ".tril(1)")],
     "the next document's tokens see the neighbors": [("same_BL[..., None] | own_M", "same_BL[..., None] | True")],
     "a document's last token does not see its chunk's neighbors": [
         ("same_BL[..., None] | own_M", "same_BL[..., None]"),
@@ -186,8 +194,11 @@ def check(module: types.ModuleType) -> None:
     assert_same(cached_BTD[batch.keep_BT], oracle.hidden(batch)[batch.keep_BT])
 
 
-def test_an_unmutated_copy_of_the_network_passes(loaded: types.ModuleType) -> None:
-    exec(compile(SOURCE, MUTANT, "exec"), loaded.__dict__)
+@pytest.mark.parametrize(
+    "limit", ["T > DENSE_SLOTS", "True"]
+)  # short sequences are masked whole, longer ones in segments
+def test_an_unmutated_copy_of_the_network_passes(limit: str, loaded: types.ModuleType) -> None:
+    exec(compile(SOURCE.replace("if T > DENSE_SLOTS:", f"if {limit}:"), MUTANT, "exec"), loaded.__dict__)
     check(loaded)
 
 
