@@ -301,7 +301,10 @@ class Decoder:
         """Those that have not ended; the ones in the cache first, in its order."""
         self._cache = Cache()
         self._in_cache = 0
-        self._searcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retrieval")
+        self._searcher: ThreadPoolExecutor | None = None
+        """There while passages are looked up: the OpenMP threads that belong to an idle one would slow down every matrix product of
+        the decoding, whose own threads wait for each other asleep where there are more of all than cores."""
+        self._last_search: Future[list[list[Passage] | None]] | None = None
 
     def __enter__(self) -> "Decoder":
         return self
@@ -311,7 +314,9 @@ class Decoder:
 
     def close(self) -> None:
         """Ends the thread that searches; nothing may be asked of the decoder afterwards."""
-        self._searcher.shutdown(cancel_futures=True)
+        if self._searcher is not None:
+            self._searcher.shutdown(cancel_futures=True)
+            self._searcher = None
 
     def add(
         self,
@@ -358,6 +363,10 @@ class Decoder:
         if not any(ready):
             wait([row.search for row in self.rows if row.search is not None], return_when=FIRST_COMPLETED)
             ready = [row.search is None or row.search.done() for row in self.rows]
+        if all(ready) and (
+            self._last_search is None or self._last_search.done()
+        ):  # one of a row that was removed may go on
+            self.close()
         ended = self._failed()
         if ended:
             ready = [is_ready for row, is_ready in zip(self.rows, ready, strict=True) if row.error is None]
@@ -405,7 +414,10 @@ class Decoder:
                 for row in some:
                     row.first_result = len(spans)
                     spans += [(list(row.ids), max(c * M - row.lead, 0), (c + 1) * M - row.lead) for c in row.ending(M)]
+                if self._searcher is None:
+                    self._searcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retrieval")
                 search = self._searcher.submit(find_passages, self.tokenizer, retriever, K, spans)
+                self._last_search = search
                 for row in some:
                     row.search = search
 

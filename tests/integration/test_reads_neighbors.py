@@ -29,7 +29,7 @@ from retro.train import make_optimizer, train_step
 logger = logging.getLogger(__name__)
 PASSAGES = 4
 NAMES = 60
-DECAY_STEPS = 300
+DECAY_STEPS = 150
 CHUNK_LEN, NEIGHBOR_LEN = 16, 18
 RELATIONS = (
     ("What is the capital of {e}?", "The capital of {e} is {v}."),
@@ -154,13 +154,13 @@ def trained(world: World, tokenizer: Tokenizer) -> Retro:
             optimizer,
             question_batch(items, tokenizer, CHUNK_LEN, neighbor_len=NEIGHBOR_LEN, evidence=True),
             micro_batch_size=64,
-            rate=1e-3 * min(1, step / 30) * max(decay, 0.1),
+            rate=2.5e-3 * min(1, step / 30) * max(decay, 0.1),
             grad_clip=1.0,
             dtype=torch.float32,
         )
         if mastered is not None and step == mastered + DECAY_STEPS:
             break
-        if step % 50 == 0:
+        if step % 25 == 0:
             fresh = [world.training_item(passages) for _ in range(128)]
             score = accuracy(model, tokenizer, fresh)
             logger.info("step %d: %d passages, accuracy %.3f", step, passages, score)

@@ -627,6 +627,32 @@ def test_a_row_that_waits_for_its_search_does_not_stop_the_others() -> None:
         assert row.result.ids == generate(model, tokenizer(), [prompt], config, retriever=Library())[0].ids
 
 
+def test_the_thread_that_searches_is_there_only_while_it_does() -> None:
+    """An idle one would keep OpenMP threads, besides which those of the decoding wait for each other asleep."""
+
+    def searching() -> bool:
+        return any(thread.name.startswith("retrieval") for thread in threading.enumerate())
+
+    model, library = random_model(2), SlowLibrary()
+    with Decoder(model, tokenizer(), library) as decoder:
+        removed, quick = decoder.add(prompts()[1], settings()), decoder.add(prompts()[2], settings(num_neighbors=0))
+        decoder.step()
+        decoder.remove(removed)
+        length = len(quick.result.ids)
+        decoder.step()  # does not wait for a search that nobody needs any more
+        assert len(quick.result.ids) == length + 1
+        assert searching()
+        library.let.set()
+        slow = decoder.add(prompts()[1], settings(max_new_tokens=4 * M))
+        while slow in decoder.rows:
+            decoder.step()
+            assert not searching() or slow.search is not None
+    assert (
+        slow.result.ids
+        == generate(model, tokenizer(), [prompts()[1]], settings(max_new_tokens=4 * M), retriever=Library())[0].ids
+    )
+
+
 def test_a_row_that_waits_at_a_border_loses_no_step_and_gains_none() -> None:
     """Its columns stay empty while it waits, in the middle of the text too."""
     model = random_model(2)
