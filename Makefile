@@ -27,8 +27,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/retro demo
 
+# A file's tests run in one process, so that what they share is made once; files in order: the long ones come first.
 test: setup
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # What needs no running of the code.
 check: setup
