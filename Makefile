@@ -27,17 +27,18 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/retro demo
 
-# A file's tests run in one process, so that what they share is made once; files in order: the long ones come first.
+# A file's tests run in one process, so that what they share is made once; those that run the quick unit tests come last.
 test: setup
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-# What needs no running of the code.
+# Of the tests the quick ones; all of them are in `make test`, which CI runs first.
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/retro eval readme README.md benchmarks/results/report --check
+	$(BIN)/python -m pytest -n auto -m "not slow" tests/unit tests/golden
 
 bench: setup
 	$(BIN)/python benchmarks/squad_recall.py

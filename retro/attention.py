@@ -230,7 +230,9 @@ class CausalMask(NamedTuple):
         if self.runs is not None:
             # Only what may be seen is computed: T^2 of a sequence becomes the sum of its segments' squares.
             rows = []
-            for lengths, *row in zip(self.runs, *(x_BHTC.split(1) for x_BHTC in (q_BHTC, k_BHTC, v_BHTC)), strict=True):
+            for lengths, *row in zip(
+                self.runs, *(torch.split(x_BHTC, 1) for x_BHTC in (q_BHTC, k_BHTC, v_BHTC)), strict=True
+            ):
                 parts = zip(*(torch.split(x_1HTC, lengths, dim=2) for x_1HTC in row), strict=True)
                 made = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in parts]
                 rows.append(torch.cat(made, dim=2))

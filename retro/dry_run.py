@@ -17,11 +17,21 @@ import torch
 from retro.artifact import MANIFEST, UNFINISHED, differing, read_json
 from retro.checkpoint import KIND, TrainingState, load_training
 from retro.config import RunConfig, TrainConfig
-from retro.costs import Flops, Memory, Parameters, device_peak_flops, mfu, parameter_counts, training_flops
+from retro.costs import (
+    Flops,
+    Memory,
+    Parameters,
+    device_peak_flops,
+    mfu,
+    parameter_counts,
+    training_flops,
+    training_memory,
+)
 from retro.data import Batch
 from retro.distributed import joined, rank_device
 from retro.errors import ConfigError
-from retro.plan import digits, mean_forward, memory_report, run_memory, share_added
+from retro.plan import digits, mean_forward, memory_report, share_added
+from retro.question_batches import Curriculum, QuestionBatches, WithReplay
 from retro.retrofit_costs import base_flops, base_memory, matrix_shapes, retrofit_flops
 from retro.train import (
     Progress,
@@ -66,8 +76,8 @@ class BasePlan:
     """Weights, gradients and moments, by what becomes of the base: full, frozen, lora, 4-bit."""
 
     @classmethod
-    def of(cls, parts: Setup, forward: Flops) -> "BasePlan":
-        """Counts a network made by `retro.retrofit`."""
+    def of(cls, parts: Setup, forward: Flops, seq_len: int) -> "BasePlan":
+        """Counts a network made by `retro.retrofit`, for sequences of a length."""
         model: Any = parts.model
         options, config = parts.run.base, model.config
         assert options is not None
@@ -80,7 +90,7 @@ class BasePlan:
             vocab_size=config.vocab_size,
             num_layers=config.num_layers,
             inner=config.num_heads * config.head_dim,
-            seq_len=parts.run.train.seq_len,
+            seq_len=seq_len,
         )
         through = 1.0 if options.lora_rank else (config.num_layers - min(config.cca_layers) + 1) / config.num_layers
         bits = 8 * next(model.base.parameters()).element_size()
@@ -155,7 +165,9 @@ class RunPlan:
             **utilization,
             "measured_bytes": self.measured_memory,
             **estimate,
-            "notes": "Evaluations, samples and checkpoints come on top of the hours.",
+            "notes": "Evaluations, samples and checkpoints come on top of the hours."
+            + (" Questions are read with the most passages of the run." if len(train.passages) > 1 else "")
+            + (" FLOPs are those of a step on questions, not on text." if train.replay else ""),
         }
 
 
@@ -189,6 +201,9 @@ def measure_training(
         on_gpu = parts.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(parts.device)
+        asked = parts.batches.questions if isinstance(parts.batches, WithReplay) else parts.batches
+        if isinstance(asked, QuestionBatches):
+            asked.reading = Curriculum(parts.run.train, ()).reading(parts.run.train.steps)
         timing = _timed(parts, state, seconds, progress)
     if on_gpu:
         name = torch.cuda.get_device_name(parts.device)
@@ -197,22 +212,21 @@ def measure_training(
         name = f"{parts.device} with {torch.get_num_threads()} threads"
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     bfloat16 = parts.dtype == torch.bfloat16
-    # Of the next sequences, those that drop their neighbors included.
-    batch = parts.batches.batch(
+    train = parts.run.train
+    batch = asked.batch(
         state.sequence,
-        min(parts.run.train.batch_size, 256),
-        neighbor_dropout=parts.run.train.neighbor_dropout if parts.questions else 0.0,
+        min(train.batch_size, 256),
+        neighbor_dropout=train.neighbor_dropout if parts.questions else 0.0,
     )
     retrieving = _retrieving(parts, batch)
     peak = device_peak_flops(name) if bfloat16 else None
     forward = question_flops(parts.run.model, batch) if parts.questions else mean_forward(parts.run, retrieving)
-    sized = parts.run
+    T, K, R = train.seq_len, train.num_neighbors, train.neighbor_len
     if parts.questions:  # whose batches are as long as they must be
-        T, K, R = batch.inputs_BT.shape[1], 1, 1
+        T, K, R = batch.inputs_BT.shape[1], 0, 0
         if batch.keep_BLKR is not None:
             K, R = batch.keep_BLKR.shape[2:]
             T = max(T, parts.run.model.chunk_len * int(batch.keep_BLKR.flatten(2).any(dim=2).sum(dim=1).max()))
-        sized = replace(sized, train=replace(sized.train, seq_len=T, num_neighbors=K, neighbor_len=R))
     return RunPlan(
         run=parts.run,
         device=f"{f'{ranks.size} x ' if ranks.size > 1 else ''}{name}, {'bfloat16' if bfloat16 else 'float32'}",
@@ -221,12 +235,15 @@ def measure_training(
         steps_done=state.step,
         retrieving=retrieving,
         forward=forward,
-        base=None if parts.run.base is None else BasePlan.of(parts, forward),
+        base=None if parts.run.base is None else BasePlan.of(parts, forward, T),
         peak=None if peak is None else peak * ranks.size,
         measured_memory=used,
-        memory=run_memory(
-            sized,
-            parts.run.train.micro_batch_size,
+        memory=training_memory(
+            parts.run.model,
+            micro_batch_size=train.micro_batch_size,
+            seq_len=T,
+            num_neighbors=K,
+            neighbor_len=R,
             ranks=ranks.size,
             bfloat16=bfloat16,
             checkpointing=parts.model.checkpointing,

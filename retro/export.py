@@ -89,12 +89,9 @@ def export_model(
     files, index = shards(stored(load_weights(folder), weights, bfloat16), max_shard_bytes)
     origin = {name: record for name, record in manifest["files"].items() if is_weights(name) or name == CONFIG}
     threshold = load_threshold(folder)
-    recipe = {
-        "exported_from": origin,
-        "weights": weights,
-        "bfloat16": list(bfloat16),
-        "max_shard_bytes": max_shard_bytes,
-    }
+    recipe: dict[str, Any] = {"exported_from": origin, "weights": weights, "max_shard_bytes": max_shard_bytes}
+    if bfloat16:
+        recipe["bfloat16"] = list(bfloat16)
     with writing(out):
         if not begin(out, KIND, recipe, overwrite=overwrite):
             for name, tensors in files.items():

@@ -302,8 +302,8 @@ class Decoder:
         self._cache = Cache()
         self._in_cache = 0
         self._searcher: ThreadPoolExecutor | None = None
-        """There while passages are looked up: the OpenMP threads that belong to an idle one would slow down every matrix product of
-        the decoding, whose own threads wait for each other asleep where there are more of all than cores."""
+        """There while a row waits for passages: the OpenMP threads that belong to an idle one would slow down every matrix product
+        of the decoding, whose own threads wait for each other asleep where there are more of all than cores."""
         self._last_search: Future[list[list[Passage] | None]] | None = None
 
     def __enter__(self) -> "Decoder":
@@ -313,10 +313,10 @@ class Decoder:
         self.close()
 
     def close(self) -> None:
-        """Ends the thread that searches; nothing may be asked of the decoder afterwards."""
+        """Ends the search that may go on, and its thread."""
         if self._searcher is not None:
             self._searcher.shutdown(cancel_futures=True)
-            self._searcher = None
+        self._searcher = self._last_search = None
 
     def add(
         self,

@@ -174,7 +174,7 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
         run = replace(run, model=replace(run.model, vocab_size=tokenizer.vocab_size))
     prints = [artifact.fingerprint(data.manifest["files"]) for data in _opened_data(corpora, questions)]
     model = _network(run, tokenizer, device, dtype)
-    encoder = digests(model.encoder) if config.encoder and not config.init else {}
+    begun_with = _encoder_digests(model) if config.encoder and not config.init else {}
     if config.activation_checkpointing:
         model.checkpoint_activations()
     model.pointing = config.pointing
@@ -196,8 +196,8 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
         recipe["base"] = {**options, "weights": artifact.fingerprint(model.digests)}
     if config.init:
         recipe["init"] = artifact.fingerprint(artifact.read_manifest(Path(config.init), KIND)["files"])
-    if encoder:
-        recipe["encoder"] = artifact.fingerprint(encoder)
+    if begun_with:
+        recipe["encoder"] = artifact.fingerprint(begun_with)
     return Setup(
         run=run,
         corpora={} if questions else corpora,
@@ -265,6 +265,12 @@ def _network(run: RunConfig, tokenizer: Tokenizer, device: torch.device, dtype: 
     if run.train.encoder:
         load_encoder(model, run.train.encoder, tokenizer.fingerprint)
     return model
+
+
+def _encoder_digests(model: Retro) -> dict[str, str]:
+    """Of what a pretrained encoder gives a network: its layers and its table of tokens."""
+    assert model.encoder is not None
+    return digests(model.encoder) | {f"embedding.{key}": value for key, value in digests(model.embedding).items()}
 
 
 def _continued(run: RunConfig, tokenizer: Tokenizer) -> Any:
@@ -958,7 +964,9 @@ def _record(
     if parts.device.type == "cuda":
         record["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(parts.device)
         peak = device_peak_flops(torch.cuda.get_device_name(parts.device))
-        if peak is not None and parts.dtype == torch.bfloat16 and parts.run.base is None:
+        # The seconds are those of several steps, which with replay are of two kinds.
+        counted = parts.run.base is None and not parts.run.train.replay
+        if peak is not None and parts.dtype == torch.bfloat16 and counted:
             record["mfu"] = utilization(parts.run, batch, meter.step_s, peak * parts.ranks.size)
     return record
 
@@ -994,7 +1002,7 @@ def question_flops(config: ModelConfig, batch: Batch) -> Flops:
     """
     T, M = batch.inputs_BT.shape[1], config.chunk_len
     forward = forward_flops(config, seq_len=T, num_neighbors=0, neighbor_len=0)
-    forward = replace(forward, head=forward.head * float(batch.loss_BT.float().mean()))
+    forward = replace(forward, head=forward.head * float(batch.loss_BT.double().mean()))
     if batch.keep_BLKR is None or not config.cca_layers:
         return forward
     tokens_BLK = batch.keep_BLKR.sum(dim=3)
@@ -1002,9 +1010,9 @@ def question_flops(config: ModelConfig, batch: Batch) -> Flops:
     chunks, neighbors = int((neighbors_BL > 0).sum()), int(neighbors_BL.sum())
     if not neighbors:
         return forward
-    K, R = round(neighbors / chunks), round(int(tokens_BLK.sum()) / neighbors)
+    K, R = -(-neighbors // chunks), round(int(tokens_BLK.sum()) / neighbors)
     of_chunk = forward_flops(config, seq_len=M, num_neighbors=K, neighbor_len=R)
-    share = chunks / len(batch.inputs_BT)
+    share = neighbors / K / len(batch.inputs_BT)
     return replace(forward, encoder=share * of_chunk.encoder, cca=share * of_chunk.cca)
 
 

@@ -92,7 +92,12 @@ def start(
 def run(ranks: int, data: Path, out: Path, **options: Any) -> tuple[int, str]:
     """Exit code and stderr of torchrun and all ranks, which are done long before they would give each other up by default."""
     process = start(ranks, data, out, **options)
-    _, err = process.communicate(timeout=240)
+    try:
+        _, err = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its ranks
+        process.communicate(timeout=60)
+        raise
     return process.returncode, err
 
 
