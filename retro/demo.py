@@ -79,8 +79,9 @@ def run_demo(
     from index_builder.config import BuildConfig
     from index_builder.live import add_documents, remove_documents
     from index_builder.search import IndexRetriever
-    from retro.answer import ask
+    from retro.answer import DONT_KNOW, ask
     from retro.checkpoint import load_model
+    from retro.threshold import load_threshold
 
     started = time.monotonic()
     index = folder / "demo.index"
@@ -96,10 +97,16 @@ def run_demo(
 
     _headline("3. Answers", "The bundled model reads ten passages for each question; here are the first three of them.")
     network, tokenizer, _ = load_model(bundled_model(), device)
+    threshold = load_threshold(bundled_model())
 
     def show(question: str, count: int = 3) -> None:
         answer = ask(network, tokenizer, question, retriever=retriever)
-        typer.echo(f"\n  {question}\n  -> {' '.join(answer.text.split())}   (confidence {answer.confidence:.2f})")
+        said, confidence = " ".join(answer.text.split()), f"confidence {answer.confidence:.2f}"
+        is_known = threshold is None or answer.confidence >= threshold.min_confidence
+        typer.echo(
+            f"\n  {question}\n  -> "
+            + (f"{said}   ({confidence})" if is_known else f"{DONT_KNOW}   ({said}, {confidence})")
+        )
         for passage in answer.passages[:count]:
             _show(passage.score, passage.title, passage.full_text)
 

@@ -18,6 +18,7 @@ from retro.answer import answer_config, ask_many
 from retro.checkpoint import load_model
 from retro.chunks import Passage
 from retro.demo import CORPUS, FACT_QUESTION, QUESTIONS, bundled_model, examples_folder
+from retro.threshold import Threshold, load_threshold, save_threshold
 
 MIB = 1 << 20
 
@@ -86,15 +87,31 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_it_knows_when_not_to_answer() -> None:
+    """The confidence was chosen on the development questions of EntityQuestions."""
+    threshold = load_threshold(bundled_model())
+    assert threshold is not None
+    assert 0.3 < threshold.min_confidence < 0.7
+    assert threshold.accuracy >= 0.5
+    assert "entityquestions_dev" in threshold.chosen_on
+
+
 def test_the_demo_answers_and_knows_a_fact_as_long_as_the_index_holds_it(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "examples_folder", lambda: few)
+    chosen = Threshold(min_confidence=0.9, coverage=0.5, accuracy=0.5, chosen_on="dev", command="retro eval qa")
+    save_threshold(few / demo.MODEL, chosen)
     for _ in range(2):
         demo.run_demo(tmp_path, device="cpu", bars=lambda: nullcontext(None))
         out = capsys.readouterr().out
-        said = re.findall(rf"{re.escape(FACT_QUESTION)}\n  -> (.*?)   \(confidence", out)
-        assert ["Lisbon" in answer for answer in said] == [False, True, False], out
+        said = re.findall(rf"{re.escape(FACT_QUESTION)}\n  -> (.*?)   \(", out)
+        assert said[1] == "Lisbon", out
+        assert "Lisbon" not in (said[0], said[2]), out
+        shown = re.findall(r"-> (.*?) .*confidence (0\.\d\d)\)", out)
+        assert len(shown) == 8
+        for first, confidence in shown:
+            assert (first == "I") == (float(confidence) < 0.9)
         assert len(re.findall(r"-> ", out)) == 8
 
 
