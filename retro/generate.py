@@ -363,9 +363,8 @@ class Decoder:
         if not any(ready):
             wait([row.search for row in self.rows if row.search is not None], return_when=FIRST_COMPLETED)
             ready = [row.search is None or row.search.done() for row in self.rows]
-        if all(ready) and (
-            self._last_search is None or self._last_search.done()
-        ):  # one of a row that was removed may go on
+        # A search of a row that was removed may go on.
+        if all(ready) and (self._last_search is None or self._last_search.done()):
             self.close()
         ended = self._failed()
         if ended:

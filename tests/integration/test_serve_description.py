@@ -14,7 +14,7 @@ from servers import ADMIN, USER, Running, starting, talkative_model
 schemathesis = pytest.importorskip("schemathesis")
 
 one_thread = pytest.fixture(autouse=True)(builders.one_thread)
-FEW, MANY = 8, 40
+FEW, MANY = 8, 80
 VOCABULARY = 800
 
 
