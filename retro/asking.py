@@ -109,11 +109,9 @@ class Reply:
 class Asker:
     """Answers questions with what is loaded."""
 
-    answer_many: Callable[..., list[Answer]]
-    """`retro.answer.ask_many` of a model, or `retro.prompted.PromptedModel.ask_many`."""
+    answer: Callable[..., tuple[Answer, Explanation | None]]
+    """`retro.attribution.ask_and_explain` of a model, or `retro.prompted.PromptedModel.ask`."""
     config: GenerateConfig
-    explain: Callable[[Answer], Explanation] | None = None
-    """None where passages are read in the prompt."""
     min_confidence: float = 0.0
     """Answers below it are not given."""
     retriever: Retriever | None = None
@@ -134,8 +132,7 @@ class Asker:
         if self.retriever is not None and self.config.num_neighbors:
             found = self.retriever.retrieve([question], self.config.num_neighbors, role="query")[0]
         searched = time.monotonic()
-        answer = self.answer_many([question], [found], self.config, on_token=on_token)[0]
-        why = None if self.explain is None else self.explain(answer)
+        answer, why = self.answer(question, found, self.config, on_token=on_token)
         return Reply(
             answer=answer,
             why=why,

@@ -1,7 +1,8 @@
 """Where a model looked: what was read beside a sequence, the attention that its output tokens gave to it, and from where in the
 passages an answer comes.
 
-The attention share of a passage's token is the CCA weight that an output token gave it. It takes one forward pass more.
+The attention share of a passage's token is the CCA weight that an output token gave it. It takes one forward pass more, unless the
+network was watched while it answered.
 
 Letters as in retro/model.py; besides, n output tokens, J layers with CCA, P passages. A passage read for several chunks is one
 passage.
@@ -9,7 +10,7 @@ passage.
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from retro.answer import NEIGHBOR_LEN, Answer, answer_prompt, passage_text
+from retro.answer import NEIGHBOR_LEN, Answer, answer_prompt, ask_many, passage_text
 from retro.attention import Attention, Places
 from retro.cca import Neighborhood
 from retro.chunks import Int64s, Passage
+from retro.config import GenerateConfig
 from retro.generate import Generation, neighbor_tensors
 from retro.model import Retro
 from retro.tokenizer import Tokenizer
@@ -122,12 +124,13 @@ class Placed:
         slots = slice(reading.lead, reading.lead + n)
         inputs_1T, keep_1T = torch.zeros(1, T, dtype=torch.long), torch.zeros(1, T, dtype=torch.bool)
         inputs_1T[0, slots], keep_1T[0, slots] = torch.tensor(reading.ids[:-1], dtype=torch.long), True
-        K = max(map(len, reading.chunks.values()), default=1)
+        # Neighbors of a chunk that the inputs do not finish are read by none of them.
+        finished = {chunk: few for chunk, few in reading.chunks.items() if (chunk + 1) * M <= slots.stop}
+        K = max(map(len, finished.values()), default=1)
         source_LK = torch.full((T // M, K), -1)
-        for chunk, few in reading.chunks.items():
-            if chunk < T // M:
-                source_LK[chunk, : len(few)] = torch.tensor(few)
-        texts = [[reading.sources[p].text for p in reading.chunks.get(chunk, ())] for chunk in range(T // M)]
+        for chunk, few in finished.items():
+            source_LK[chunk, : len(few)] = torch.tensor(few)
+        texts = [[reading.sources[p].text for p in finished.get(chunk, ())] for chunk in range(T // M)]
         neighbors_1LKR, keep_1LKR = neighbor_tensors([texts], tokenizer, K, neighbor_len)
         return cls(
             reading=reading,
@@ -249,12 +252,16 @@ def attend(model: Any, tokenizer: Tokenizer, placed: Placed) -> tuple[Attended, 
     Returns:
         What was attended to, and the final activations [1, T, D] of the forward pass.
     """
-    with _watching(model) as watched:
+    with watching(model) as watched:
         hidden_1TD = placed.hidden(model, placed.keep_1LKR)
+    return _attended(model, tokenizer, placed, watched), hidden_1TD
+
+
+def _attended(model: Any, tokenizer: Tokenizer, placed: Placed, watched: "Watched") -> Attended:
     source_nK, share_JnKR = _shares(model, watched, placed)
     reading, R = placed.reading, placed.keep_1LKR.shape[3]
     text, spans_n2 = _output_spans(reading.ids, tokenizer)
-    attended = Attended(
+    return Attended(
         reading=reading,
         text=text,
         spans_n2=spans_n2,
@@ -262,35 +269,52 @@ def attend(model: Any, tokenizer: Tokenizer, placed: Placed) -> tuple[Attended, 
         source_nK=source_nK,
         share_JnKR=share_JnKR,
     )
-    return attended, hidden_1TD
 
 
 @dataclass(slots=True)
-class _Watched:
-    """What layers gave in one forward pass."""
+class Watched:
+    """What layers gave in one forward pass, or in all calls that decoded one sequence."""
 
     attentions: list[Attention]
     """Of CCA [J]."""
     normed: list[Tensor]
-    """What each of them got as queries [B, T, D]."""
+    """What each of them got as queries [1, columns, D], call after call [calls * J]."""
     encoded: list[Tensor]
     """Neighbors, perhaps of some chunks at a time: [N, K, R, E] together."""
 
+    def queries(self, layer: int, placed: Placed) -> Tensor:
+        """What one layer got as queries, on the sequence's grid [1, T, D]: decoding leaves out the empty slots before BOS."""
+        seen_1TD = torch.cat(self.normed[layer :: len(self.attentions)], dim=1)
+        T, slots = placed.inputs_1T.shape[1], placed.slots
+        if len(self.normed) == len(self.attentions) and seen_1TD.shape[1] == T:
+            return seen_1TD
+        grid_1TD = seen_1TD.new_zeros(1, T, seen_1TD.shape[2])
+        grid_1TD[:, slots] = seen_1TD[:, : slots.stop - slots.start]
+        return grid_1TD
+
 
 @contextlib.contextmanager
-def _watching(model: Any) -> Iterator[_Watched]:
-    """Inside it, a forward pass leaves the inputs of all CCA behind; the network itself knows nothing of it."""
+def watching(model: Any) -> Iterator[Watched]:
+    """Inside it, the network leaves the inputs of all CCA behind; it knows nothing of it itself.
+
+    Args:
+        model: `retro.model.Retro` or `retro.retrofit.RetroFit`. Inside, it is to read one sequence: in one forward pass, or to
+            decode it.
+    """
     if isinstance(model, Retro):
         layers: Any = [(layer.cca_norm, layer.cca) for layer in model.layers if layer.cca is not None]
     else:
         layers = [(cross.norm, cross.attention) for cross in model.cca]
-    watched = _Watched([attention for _, attention in layers], [], [])
+    watched = Watched([attention for _, attention in layers], [], [])
 
     hooks = [
         norm.register_forward_hook(lambda _module, _arguments, normed_BTD: watched.normed.append(normed_BTD))
         for norm, _ in layers
     ]
-    hooks.append(model.encoder.register_forward_hook(lambda _module, _arguments, part: watched.encoded.append(part)))
+    if model.encoder is not None:
+        hooks.append(
+            model.encoder.register_forward_hook(lambda _module, _arguments, part: watched.encoded.append(part))
+        )
     try:
         yield watched
     finally:
@@ -298,7 +322,7 @@ def _watching(model: Any) -> Iterator[_Watched]:
             hook.remove()
 
 
-def _shares(model: Any, watched: _Watched, placed: Placed) -> tuple[Int64s, Floats]:
+def _shares(model: Any, watched: Watched, placed: Placed) -> tuple[Int64s, Floats]:
     """`source_nK` and `share_JnKR` of all output tokens.
 
     The weights are computed once more from queries and encoded neighbors: the fast kernels of the network do not give them away.
@@ -311,7 +335,7 @@ def _shares(model: Any, watched: _Watched, placed: Placed) -> tuple[Int64s, Floa
     if not watched.encoded:
         return source_nK, share_JnKR
     chunk_N, _, keep_NKR = Neighborhood.of(placed.neighbors_1LKR, placed.keep_1LKR, every=model.every_chunk)
-    encoded_NKRE = torch.cat(watched.encoded)
+    encoded_NKRE = torch.cat(watched.encoded)[: len(chunk_N)]
     # Slot (u+1)M - 1 + i is query i of chunk u; only some of these slots predict an output token.
     query_NM = ((chunk_N + 1) * M - 1)[:, None] + torch.arange(M) - slots.start
     there_NM = (query_NM >= 0) & (query_NM < n) & keep_NKR.flatten(1).any(dim=1)[:, None]
@@ -319,8 +343,8 @@ def _shares(model: Any, watched: _Watched, placed: Placed) -> tuple[Int64s, Floa
     row_Q = there_NM.nonzero()[:, 0]
     read_QK = torch.where(keep_NKR.any(dim=2), placed.source_LK[chunk_N], -1)[row_Q]
     source_nK[place_Q] = read_QK.numpy()
-    for j, (cca, normed_1TD) in enumerate(zip(watched.attentions, watched.normed, strict=True)):
-        weights_NMS = _weights(cca, normed_1TD, encoded_NKRE, chunk_N, keep_NKR, M)
+    for j, cca in enumerate(watched.attentions):
+        weights_NMS = _weights(cca, watched.queries(j, placed), encoded_NKRE, chunk_N, keep_NKR, M)
         share_JnKR[j, place_Q] = weights_NMS[there_NM].view(-1, K, R).numpy()
     return source_nK, share_JnKR
 
@@ -366,8 +390,17 @@ class Explanation:
     """Attention of each of them to each passage, averaged over layers; sums to 1 over P."""
 
 
-def explain(model: Any, tokenizer: Tokenizer, answer: Answer, *, neighbor_len: int = NEIGHBOR_LEN) -> Explanation:
-    """Explains an answer by the attention to its passages; takes one forward pass, and none where nothing was read.
+@torch.inference_mode()
+def explain(
+    model: Any,
+    tokenizer: Tokenizer,
+    answer: Answer,
+    *,
+    neighbor_len: int = NEIGHBOR_LEN,
+    watched: Watched | None = None,
+) -> Explanation:
+    """Explains an answer by the attention to its passages; takes one forward pass, and none where nothing was read, or where it
+    was watched.
 
     The part that the answer was taken from is the answer itself where it stands in a passage word for word (of several places the
     one attended to most); elsewhere it is what was attended to most, in those passages that got at least an even share.
@@ -377,6 +410,7 @@ def explain(model: Any, tokenizer: Tokenizer, answer: Answer, *, neighbor_len: i
         tokenizer: The model's.
         answer: Of `retro.answer.ask` or `ask_many`.
         neighbor_len: R with which it was asked.
+        watched: What `watching` saw while this answer, and no other, was made.
     """
     reading = read_answer(answer, tokenizer, model.chunk_len)
     text, spans_n2 = _output_spans(reading.ids, tokenizer)
@@ -384,7 +418,11 @@ def explain(model: Any, tokenizer: Tokenizer, answer: Answer, *, neighbor_len: i
     share_nP = np.zeros((n, P))
     spans: list[tuple[int, int] | None] = [None] * P
     if first < P and n:
-        attended, _ = attend(model, tokenizer, Placed.of(reading, tokenizer, model.chunk_len, neighbor_len))
+        placed = Placed.of(reading, tokenizer, model.chunk_len, neighbor_len)
+        if watched is None:
+            attended, _ = attend(model, tokenizer, placed)
+        else:
+            attended = _attended(model, tokenizer, placed, watched)
         # Every chunk has the same passages, so that neighbor k is passage k; two that are the same share what they got.
         share_nP[:, first:] = attended.share_JnKR[:, attended.answer].mean(axis=0).sum(axis=2)
         numbers = reading.chunks[min(reading.chunks)]
@@ -399,6 +437,25 @@ def explain(model: Any, tokenizer: Tokenizer, answer: Answer, *, neighbor_len: i
         log_prob_n=np.array(answer.generation.log_probs[:n], dtype=np.float64),
         share_nP=share_nP,
     )
+
+
+def ask_and_explain(
+    model: Any,
+    tokenizer: Tokenizer,
+    question: str,
+    passages: Sequence[Passage],
+    config: GenerateConfig,
+    *,
+    on_token: Callable[[int, str], None] | None = None,
+) -> tuple[Answer, Explanation]:
+    """Answers one question and explains the answer, without a further forward pass; see `ask_many` and `explain`.
+
+    Raises:
+        ConfigError: See `ask_many`.
+    """
+    with watching(model) as watched:
+        answer = ask_many(model, tokenizer, [question], [passages], config, on_token=on_token)[0]
+    return answer, explain(model, tokenizer, answer, neighbor_len=config.neighbor_len, watched=watched)
 
 
 def _taken_from(attended: Attended, source: int, answer: str, *, is_read: bool) -> tuple[int, int] | None:

@@ -569,18 +569,16 @@ def _open_answerer(
     if pasted:
         from retro.prompted import PromptedModel
 
-        parts = {"answer_many": PromptedModel.open(model, device=device).ask_many}
+        parts = {"answer": PromptedModel.open(model, device=device).ask}
         retriever = None if index is None else open_retriever(index, device, method, where)
     else:
-        from retro.answer import ask_many
-        from retro.attribution import explain
+        from retro.attribution import ask_and_explain
         from retro.threshold import load_threshold
 
         loaded, tokenizer, retriever = _open_model(model, index, device, method, where)
         chosen = load_threshold(model)
         parts = {
-            "answer_many": functools.partial(ask_many, loaded, tokenizer),
-            "explain": functools.partial(explain, loaded, tokenizer),
+            "answer": functools.partial(ask_and_explain, loaded, tokenizer),
             "min_confidence": 0.0 if chosen is None else chosen.min_confidence,
         }
     if retriever is None:

@@ -167,6 +167,10 @@ class TrainConfig:
     """AdamW's decay of the mean gradient."""
     beta2: float = 0.95
     """AdamW's decay of the mean squared gradient."""
+    dropout: float = 0.0
+    """Share of the decoder's activations that are zeroed while it trains: of embedded tokens, and of what each residual branch adds
+    (Srivastava et al. 2014); neighbors and their encoder have none. Which ones hangs on the number of ranks and on
+    micro_batch_size."""
     grad_clip: float = 1.0
     """Largest norm of the gradient of a step; 0 means no limit."""
     neighbor_dropout: float = 0.1
@@ -276,7 +280,7 @@ class TrainConfig:
             raise ConfigError(
                 f"batch_size = {self.batch_size} is no multiple of micro_batch_size = {self.micro_batch_size}"
             )
-        for name in ("neighbor_dropout", "beta1", "beta2"):
+        for name in ("neighbor_dropout", "dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: give a number of at least 0 and below 1")
         for name in ("copy_share", "final_copy_share"):
@@ -417,6 +421,10 @@ class RunConfig:
         if train.pointing and (self.base is not None or train.task == "lm"):
             raise ConfigError(
                 f"pointing = {train.pointing:g} is for networks of our own that learn to answer: set it to 0"
+            )
+        if train.dropout and self.base is not None:
+            raise ConfigError(
+                f"dropout = {train.dropout:g} is for networks of our own; a base has settings of its own: set it to 0"
             )
         if train.encoder and self.model.encoder != "bert":
             raise ConfigError(f"train.encoder = {train.encoder!r} needs model.encoder = 'bert'")

@@ -86,17 +86,18 @@ class DecoderLayer(nn.Module):
         self.cca = Attention(config.dim, config.encoder_dim, *sizes, **positions) if has_cca else None
         self.ffw_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffw = FeedForward(config.dim, config.ffw_dim)
+        self.dropout = nn.Dropout(0.0)
 
     def forward(self, x_BTD: Tensor, view: View) -> Tensor:
-        x_BTD = x_BTD + view.self_attend(self.index, self.attention, self.attention_norm(x_BTD))
+        x_BTD = x_BTD + self.dropout(view.self_attend(self.index, self.attention, self.attention_norm(x_BTD)))
         if self.cca is not None and self.cca_norm is not None:
             if self.reads:
                 view.read(x_BTD)
             normed_BTD = self.cca_norm(x_BTD)
             view.point(self.cca, normed_BTD)
             y_BTD = view.cross_attend(self.cca, normed_BTD)
-            x_BTD = x_BTD if y_BTD is None else x_BTD + y_BTD
-        ffw_BTD: Tensor = self.ffw(self.ffw_norm(x_BTD))
+            x_BTD = x_BTD if y_BTD is None else x_BTD + self.dropout(y_BTD)
+        ffw_BTD: Tensor = self.dropout(self.ffw(self.ffw_norm(x_BTD)))
         return x_BTD + ffw_BTD
 
 
@@ -215,6 +216,7 @@ class Retro(nn.Module):
         self.pointing = 0.0
         self.embedding = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(DecoderLayer(config, number) for number in range(1, config.num_layers + 1))
+        self.dropout = nn.Dropout(0.0)
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.encoder: NeighborEncoder | BertEncoder | None = None
         if config.cca_layers:
@@ -384,6 +386,7 @@ class Retro(nn.Module):
         if keep_BT is None:
             keep_BT = torch.ones(B, T, dtype=torch.bool, device=device)
         x_BTD = self.embedding(inputs_BT.masked_fill(~keep_BT, 0)).masked_fill(~keep_BT[..., None], 0.0)
+        x_BTD = self.dropout(x_BTD)
         view: View
         if cache is None and slot_BT is None:
             segment_BT = torch.zeros_like(inputs_BT)
@@ -420,6 +423,12 @@ class Retro(nn.Module):
             parts.append(self.encoder(x_NKRE, near.keep_NKR[part], hidden_NMD[part], keep_NM[part]))
         encoded: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         return encoded
+
+    def drop_activations(self, share: float) -> None:
+        """From now on zeroes so many of the decoder's activations in training mode, see `TrainConfig.dropout`."""
+        dropouts: list[Any] = [self.dropout, *(layer.dropout for layer in self.layers)]
+        for dropout in dropouts:
+            dropout.p = share
 
     def checkpoint_activations(self, enable: bool = True) -> None:
         """From now on keeps little for the backward pass, at the price of a second forward pass; or all again."""

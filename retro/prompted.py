@@ -129,6 +129,17 @@ class PromptedModel:
             for question, (ids, few), generation in zip(questions, fitted, made, strict=True)
         ]
 
+    def ask(
+        self,
+        question: str,
+        passages: Sequence[Passage],
+        config: GenerateConfig | None = None,
+        *,
+        on_token: Callable[[int, str], None] | None = None,
+    ) -> tuple[Answer, None]:
+        """Answers one question, see `ask_many`; where it looked is not known."""
+        return self.ask_many([question], [passages], config, on_token=on_token)[0], None
+
     def prompt_ids(self, question: str, passages: Sequence[Passage]) -> list[int]:
         """Tokens of the prompt, in the chat template where there is one."""
         text = paste(question, passages)

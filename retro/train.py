@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -79,7 +80,7 @@ CHANGEABLE = (
 )
 """Settings that may differ when a run goes on. The data may have moved, but must be the same; with other `steps` the learning rate
 follows the new cosine from where the run is. Another micro_batch_size, number of ranks or device, activation_checkpointing
-and compile give the same losses up to rounding."""
+and compile give the same losses up to rounding (without dropout)."""
 
 
 class Progress(NamedTuple):
@@ -255,15 +256,17 @@ def open_question_batches(questions: Sequence[QuestionData], split: str, run: Ru
 
 def _network(run: RunConfig, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype) -> Any:
     """A network of our own, or one around a pretrained base, which is called alike; with initial weights."""
-    if run.train.init:
-        return _continued(run, tokenizer)
     if run.base is not None:
         from retro.retrofit import trainable
 
         return trainable(run.base, run.model, tokenizer, device=device, dtype=dtype, seed=run.train.seed)
-    model = Retro(run.model).initialize(torch.Generator().manual_seed(run.train.seed))
-    if run.train.encoder:
-        load_encoder(model, run.train.encoder, tokenizer.fingerprint)
+    if run.train.init:
+        model = _continued(run, tokenizer)
+    else:
+        model = Retro(run.model).initialize(torch.Generator().manual_seed(run.train.seed))
+        if run.train.encoder:
+            load_encoder(model, run.train.encoder, tokenizer.fingerprint)
+    model.drop_activations(run.train.dropout)
     return model
 
 
@@ -273,7 +276,7 @@ def _encoder_digests(model: Retro) -> dict[str, str]:
     return digests(model.encoder) | {f"embedding.{key}": value for key, value in digests(model.embedding).items()}
 
 
-def _continued(run: RunConfig, tokenizer: Tokenizer) -> Any:
+def _continued(run: RunConfig, tokenizer: Tokenizer) -> Retro:
     """A network with the weights of a finished model.
 
     Raises:
@@ -722,6 +725,8 @@ def _guarded_step(parts: Setup, out: Path, batch: Batch, step: int, rate: float)
             "Mostly the learning rate is too high: lower train.learning_rate and start again with --overwrite"
         ) from error
 
+    if config.dropout:  # what a step drops does not hang on where the run began
+        torch.manual_seed(int(np.random.SeedSequence([config.seed, step, ranks.rank]).generate_state(1)[0]))
     try:
         return train_step(
             parts.model,

@@ -289,6 +289,23 @@ def test_a_gpu_without_memory_says_which_setting_to_lower(
     assert message.endswith("Tried to allocate 2.00 GiB.)")
 
 
+# --- dropout ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_dropout_goes_on_exactly_and_leaves_none_in_the_model(
+    data: Path, whole: Path, tmp_path: Path
+) -> None:
+    dropped = train(toy_run(data, tmp_path / "dropped", dropout=0.3))
+    assert [line.get("loss_nats") for line in metrics(dropped)] != [line.get("loss_nats") for line in metrics(whole)]
+    run = toy_run(data, tmp_path / "m", save_every=100, dropout=0.3)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, progress=at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    torch.rand(5)  # another state of the global generator
+    assert_same_training(train(run), dropped)
+    model, _, _ = load_model(dropped)
+    assert not any(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout))
+
+
 # --- copied neighbors ---------------------------------------------------------------------------------------------
 
 COPYING: dict[str, Any] = {"copy_share": 0.7, "final_copy_share": 0.1}

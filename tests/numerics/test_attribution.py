@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from eval.attribution import Attribution, attribute, read_document
-from retro.answer import Answer, ask, passage_text
+from retro.answer import Answer, ask, ask_many, passage_text
 from retro.attribution import (
     Attended,
     Reading,
     Source,
     answer_span,
+    ask_and_explain,
     best_window,
     explain,
     read_answer,
@@ -481,3 +482,56 @@ def test_an_asked_answer_is_explained(make: Any) -> None:
     for span, own in zip(why.spans, answer.passages, strict=True):
         assert span is None or 0 <= span[0] < span[1] <= len(own.full_text)
     assert any(why.spans)
+
+
+@pytest.mark.parametrize("length", [1, 3, M, 2 * M, 2 * M + 1])
+@pytest.mark.parametrize("make", [network, fitted], ids=["retro", "retrofit"])
+def test_what_was_watched_while_it_answered_explains_an_answer_without_another_pass(make: Any, length: int) -> None:
+    model = make()
+    passages = [passage(TEXTS[0]), passage(TEXTS[1], ""), passage("the dog")]
+    config = GenerateConfig(max_new_tokens=length, num_neighbors=3, neighbor_len=40)
+    for question in ("where is the cat", "the dog?", "x" * 17):
+        asked = ask_many(model, TOKENIZER, [question], [passages], config)[0]
+        expected = explain(model, TOKENIZER, asked, neighbor_len=40)
+        passes: list[int] = []
+        hook = model.encoder.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        answer, why = ask_and_explain(model, TOKENIZER, question, passages, config)
+        hook.remove()
+        assert len(passes) == 1 + (len(answer.generation.ids) - 1) // M  # once for each chunk that was finished
+        assert answer.generation.ids == asked.generation.ids
+        np.testing.assert_allclose(why.share_nP, expected.share_nP, rtol=0, atol=1e-6 if make is fitted else 1e-10)
+        assert (why.spans, why.tokens) == (expected.spans, expected.tokens)
+
+
+def test_an_answer_that_ends_with_a_chunk_is_explained_from_what_was_watched() -> None:
+    model = network()
+    passages = [passage(TEXTS[0]), passage("the dog")]
+    for words in (M - 1, M, M + 1):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(model, "logits", _ending(model.logits, words))
+            config = GenerateConfig(max_new_tokens=3 * M, num_neighbors=2, neighbor_len=40)
+            answer, why = ask_and_explain(model, TOKENIZER, "where is the cat", passages, config)
+        assert (answer.generation.finished, len(answer.generation.ids)) == (True, words + 1)
+        expected = explain(model, TOKENIZER, answer, neighbor_len=40)
+        np.testing.assert_allclose(why.share_nP, expected.share_nP, rtol=0, atol=1e-10)
+        assert why.spans == expected.spans
+
+
+def _ending(logits: Any, words: int) -> Any:
+    """Logits after which the end comes when so many tokens were chosen."""
+    left = iter(range(words, -1, -1))
+
+    def changed(hidden_BD: Tensor) -> Tensor:
+        logits_BV: Tensor = logits(hidden_BD)
+        return logits_BV.index_fill(1, torch.tensor([TOKENIZER.eos_id]), -1e4 if next(left) else 1e4)
+
+    return changed
+
+
+def test_a_closed_book_needs_no_encoder_to_be_explained() -> None:
+    model = network()
+    answer, why = ask_and_explain(model, TOKENIZER, "the dog?", [], GenerateConfig(max_new_tokens=3, num_neighbors=0))
+    assert (why.share_P.shape, why.spans) == ((0,), ())
+    plain = Retro(dataclasses.replace(model.config, cca_layers=())).initialize(torch.Generator().manual_seed(0))
+    answer, why = ask_and_explain(plain, TOKENIZER, "the dog?", [], GenerateConfig(max_new_tokens=3, num_neighbors=0))
+    assert (why.share_P.shape, len(why.tokens)) == ((0,), len(answer.generation.ids) - answer.generation.finished)

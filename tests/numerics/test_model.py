@@ -730,6 +730,41 @@ def test_checkpointed_activations_give_the_same_gradients(positions: str) -> Non
         torch.testing.assert_close(gradients[1][name], expected, rtol=0, atol=0)
 
 
+def test_dropout_zeroes_tokens_and_what_every_branch_adds_in_training_alone() -> None:
+    config = tiny_config(num_layers=3)
+    batch = rich_batch(config)
+    model, plain = make_model(config), make_model(config)
+    model.drop_activations(0.4)
+    kept: list[tuple[Tensor, Tensor]] = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda _, inputs, output: kept.append((inputs[0].detach(), output.detach())))
+    assert torch.equal(model.eval()(**batch.arguments()), plain(**batch.arguments()))
+    kept.clear()
+    model.train()(**batch.arguments())
+    assert len(kept) == 1 + 2 * 3 + len(config.cca_layers)
+    for x_BTD, y_BTD in kept:
+        there = x_BTD != 0  # empty slots are 0 anyway
+        zeroed = (y_BTD == 0) & there
+        assert 0.2 < float(zeroed.sum() / there.sum()) < 0.6
+        torch.testing.assert_close(y_BTD[~zeroed], x_BTD[~zeroed] / 0.6, rtol=1e-12, atol=0)
+
+
+def test_checkpointed_activations_are_dropped_again_alike() -> None:
+    config = tiny_config()
+    batch = rich_batch(config)
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model(config).train()
+        model.drop_activations(0.3)
+        model.checkpoint_activations(checkpointing)
+        torch.manual_seed(0)
+        model(**batch.arguments(), targets_BT=batch.targets_BT, loss_BT=batch.loss_BT).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=0, atol=0)
+
+
 def test_checkpointing_keeps_fewer_activations() -> None:
     config = tiny_config(num_layers=6)
     batch = rich_batch(config)

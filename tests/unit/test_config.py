@@ -12,6 +12,7 @@ import torch
 import retro.config
 from retro.config import (
     PRESETS,
+    BaseConfig,
     GenerateConfig,
     ModelConfig,
     RunConfig,
@@ -141,7 +142,7 @@ def test_a_batch_is_a_whole_number_of_micro_batches() -> None:
     assert TrainConfig().accumulation == 1
 
 
-@pytest.mark.parametrize("name", ["neighbor_dropout", "beta1", "beta2"])
+@pytest.mark.parametrize("name", ["neighbor_dropout", "dropout", "beta1", "beta2"])
 @pytest.mark.parametrize("value", [-0.1, 1.0, 1.5])
 def test_shares_and_decays_lie_in_zero_to_one(name: str, value: float) -> None:
     with refuses(f"{name} = {value}: give a number of at least 0 and below 1"):
@@ -472,3 +473,8 @@ def test_a_presets_parameters_are_as_many_as_counted_by_hand(name: str, millions
         parameters = sum(parameter.numel() for parameter in Retro(config).parameters())
     assert parameters == count(config)
     assert parameters / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_dropout_is_for_networks_of_our_own() -> None:
+    with refuses("dropout = 0.1 is for networks of our own; a base has settings of its own"):
+        RunConfig(model=PRESETS["tiny"].model, train=training(dropout=0.1), base=BaseConfig(name="some"))
