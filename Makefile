@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TESTED := $(VENV)/.tested
+SOURCES := $(shell find retro index_builder eval tests examples README.md pyproject.toml constraints.txt -type f -not -name '*.pyc')
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .PHONY: setup demo test check bench clean
@@ -30,15 +32,20 @@ demo: setup
 # A file's tests run in one process, so that what they share is made once; those that run the quick unit tests come last.
 test: setup
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	@touch $(TESTED)
 
-# Of the tests the quick ones; all of them are in `make test`, which CI runs first.
+# Tests, too: the quick ones, where files have changed since tests passed.
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/retro eval readme README.md benchmarks/results/report --check
+	@$(MAKE) --no-print-directory $(TESTED)
+
+$(TESTED): $(STAMP) $(SOURCES)
 	$(BIN)/python -m pytest -n auto -m "not slow" tests/unit tests/golden
+	@touch $@
 
 bench: setup
 	$(BIN)/python benchmarks/squad_recall.py

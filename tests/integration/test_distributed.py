@@ -1,12 +1,18 @@
-"""Training under torchrun: any number of ranks gives the same losses, goes on from what any number saved, and ends together.
+"""Training on several ranks: any number gives the same losses, goes on from what any number saved, and ends together.
 
-The ranks are processes on this machine's CPU that talk over gloo.
+The ranks are processes on this machine's CPU that talk over gloo. Where torchrun itself plays a part they are its own; else they
+are forked from one process that has imported everything once.
 """
 
+import contextlib
 import json
 import os
+import select
+import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,28 +78,65 @@ except KeyboardInterrupt:
 """
 
 
-def start(
-    ranks: int, data: Path, out: Path, *, before: str = "", after: str = "", **changes: Any
-) -> subprocess.Popen[str]:
-    job = {"data": str(data), "out": str(out), "changes": CHANGES | changes, "before": before, "after": after}
-    worker = out.with_suffix(".py")
-    worker.write_text(WORKER)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    return subprocess.Popen(
-        [*command, str(worker), json.dumps(job)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
+# Reads launches, a line each: ranks, environment, worker, job, file for stderr; answers with the ranks' exit codes.
+LAUNCHER = """
+import json, os, sys, traceback
+import builders, retro.train, torch, torch.distributed.checkpoint, torch.distributed.fsdp
+
+torch.set_num_threads(1)
+
+def rank(launch, number):
+    os.dup2(os.open(launch["err"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.environ.update(launch["environment"] | {"RANK": str(number), "LOCAL_RANK": str(number)})
+    sys.argv = ["worker", launch["job"]]
+    try:
+        exec(launch["worker"], {"__name__": "__main__"})
+    except SystemExit as stop:
+        return stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+for line in sys.stdin:
+    launch = json.loads(line)
+    pids = []
+    for number in range(launch["ranks"]):
+        if not (pid := os.fork()):
+            code = rank(launch, number)
+            sys.stderr.flush()
+            os._exit(code)
+        pids.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    sys.stdout.write(json.dumps(codes) + "\\n")
+    sys.stdout.flush()
+"""
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))}
+LONGEST_S = 240
+"""Ranks are done long before they would give each other up by default."""
+
+
+def described(data: Path, out: Path, *, before: str = "", after: str = "", **changes: Any) -> str:
+    return json.dumps(
+        {"data": str(data), "out": str(out), "changes": CHANGES | changes, "before": before, "after": after}
     )
 
 
-def run(ranks: int, data: Path, out: Path, **options: Any) -> tuple[int, str]:
-    """Exit code and stderr of torchrun and all ranks, which are done long before they would give each other up by default."""
-    process = start(ranks, data, out, **options)
+def torchrun(ranks: int, data: Path, out: Path, **options: Any) -> tuple[int, str]:
+    """Exit code and stderr of torchrun and all ranks."""
+    worker = out.with_suffix(".py")
+    worker.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+    process = subprocess.Popen(
+        [*command, str(worker), described(data, out, **options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
     try:
-        _, err = process.communicate(timeout=240)
+        _, err = process.communicate(timeout=LONGEST_S)
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun ends its ranks
         process.communicate(timeout=60)
@@ -101,11 +144,61 @@ def run(ranks: int, data: Path, out: Path, **options: Any) -> tuple[int, str]:
     return process.returncode, err
 
 
-def finished(ranks: int, data: Path, out: Path, **options: Any) -> Path:
-    code, err = run(ranks, data, out, **options)
-    assert code == 0, err
-    read_manifest(out, KIND)
-    return out
+class Launcher:
+    """A process that forks ranks."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
+
+    def run(self, ranks: int, data: Path, out: Path, **options: Any) -> tuple[list[int], str]:
+        """Exit codes and stderr of all ranks."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        err = out.with_suffix(".err")
+        err.write_text("")
+        launch = {
+            "ranks": ranks,
+            "environment": {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            "worker": WORKER,
+            "job": described(data, out, **options),
+            "err": str(err),
+        }
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(launch) + "\n")
+        self.process.stdin.flush()
+        if not select.select([self.process.stdout], [], [], LONGEST_S)[0]:
+            self.close()
+            pytest.fail(f"{ranks} ranks are not done after {LONGEST_S} s: {err.read_text()}")
+        codes: list[int] = json.loads(self.process.stdout.readline())
+        return codes, err.read_text()
+
+    def finished(self, ranks: int, data: Path, out: Path, **options: Any) -> Path:
+        codes, err = self.run(ranks, data, out, **options)
+        assert codes == [0] * ranks, err
+        read_manifest(out, KIND)
+        return out
+
+    def close(self) -> None:
+        """Ends it and whatever it has forked."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[Launcher]:
+    made = Launcher()
+    yield made
+    made.close()
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
@@ -155,22 +248,26 @@ def test_the_training_has_parts_without_neighbors_beside_parts_with_them(data: P
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_any_number_of_ranks_gives_the_same_losses(ranks: int, data: Path, alone: Path, tmp_path: Path) -> None:
-    out = finished(ranks, data, tmp_path / "m")
+def test_any_number_of_ranks_gives_the_same_losses(
+    ranks: int, data: Path, alone: Path, launcher: Launcher, tmp_path: Path
+) -> None:
+    out = launcher.finished(ranks, data, tmp_path / "m")
     assert_same_losses(out, alone)
     shards = sorted(path.name for path in (out / TRAINING / f"step-{STEPS:08d}").glob("*.safetensors"))
     assert shards == [f"shard-{rank:05d}-model-00001-of-00001.safetensors" for rank in range(1, ranks + 1)]
 
 
-def test_training_goes_on_with_another_number_of_ranks(data: Path, alone: Path, tmp_path: Path) -> None:
+def test_training_goes_on_with_another_number_of_ranks(
+    data: Path, alone: Path, launcher: Launcher, tmp_path: Path
+) -> None:
     stop = "import os, signal\nif step == {} and rank == {}: os.kill(os.getpid(), signal.SIGTERM)"
     out = tmp_path / "m"
     for ranks, steps, at, done in ((1, 3, 0, 3), (2, 3, 1, 6), (4, 3, 2, 9)):
-        code, err = run(ranks, data, out, after=stop.format(steps, at))
-        assert code != 0
+        codes, err = launcher.run(ranks, data, out, after=stop.format(steps, at))
+        assert codes == [130] * ranks
         assert err.count("stopped after step 3") == ranks, err
         assert max(path.name for path in (out / TRAINING).iterdir()) == f"step-{done:08d}"
-    assert_same_losses(finished(1, data, out), alone)
+    assert_same_losses(launcher.finished(1, data, out), alone)
 
 
 @pytest.mark.parametrize(
@@ -188,23 +285,28 @@ def test_training_goes_on_with_another_number_of_ranks(data: Path, alone: Path, 
     ],
     ids=["relative-untied", "bert"],
 )
-def test_other_networks_with_checkpointed_activations(model: dict[str, Any], data: Path, tmp_path: Path) -> None:
+def test_other_networks_with_checkpointed_activations(
+    model: dict[str, Any], data: Path, launcher: Launcher, tmp_path: Path
+) -> None:
     expected = train(toy_run(data, tmp_path / "alone", **CHANGES, model=model))
-    assert_same_losses(finished(2, data, tmp_path / "m", model=model, activation_checkpointing=True), expected)
+    out = launcher.finished(2, data, tmp_path / "m", model=model, activation_checkpointing=True)
+    assert_same_losses(out, expected)
 
 
-def test_bfloat16_is_that_of_one_rank(data: Path, tmp_path: Path) -> None:
+def test_bfloat16_is_that_of_one_rank(data: Path, launcher: Launcher, tmp_path: Path) -> None:
     expected = losses(train(toy_run(data, tmp_path / "alone", **CHANGES | {"precision": "bfloat16"})))
-    found = losses(finished(2, data, tmp_path / "m", precision="bfloat16"))
+    found = losses(launcher.finished(2, data, tmp_path / "m", precision="bfloat16"))
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-def test_a_loss_that_is_not_finite_is_reported_once_and_keeps_the_batch_of_its_rank(data: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_reported_once_and_keeps_the_batch_of_its_rank(
+    data: Path, launcher: Launcher, tmp_path: Path
+) -> None:
     out = tmp_path / "m"
     poison = "if step == 3 and rank == 1: model.register_forward_hook(lambda *_: _[2] * float('nan'))"
-    code, err = run(2, data, out, before=poison)
-    assert code != 0
+    codes, err = launcher.run(2, data, out, before=poison)
+    assert all(codes)
     assert err.count("TrainingError") == 1, err
     assert "TrainingError: step 3: the loss is nan" in err
     assert [path.name for path in out.glob("failed-batch*")] == ["failed-batch-00000003-rank-1.safetensors"]
@@ -214,26 +316,32 @@ def test_a_loss_that_is_not_finite_is_reported_once_and_keeps_the_batch_of_its_r
 
 
 def test_a_rank_that_is_killed_ends_the_others(data: Path, alone: Path, tmp_path: Path) -> None:
-    code, err = run(2, data, tmp_path / "m", before="if step == 6 and rank == 1: os.kill(os.getpid(), signal.SIGKILL)")
+    code, err = torchrun(
+        2, data, tmp_path / "m", before="if step == 6 and rank == 1: os.kill(os.getpid(), signal.SIGKILL)"
+    )
     assert code != 0
     assert "rank 0 has lost the others" in err
-    assert_same_losses(finished(2, data, tmp_path / "m"), alone)
+    code, err = torchrun(2, data, tmp_path / "m")
+    assert code == 0, err
+    assert_same_losses(tmp_path / "m", alone)
 
 
 def test_a_rank_that_does_not_answer_is_given_up_in_time(data: Path, tmp_path: Path) -> None:
-    code, err = run(2, data, tmp_path / "m", before="if step == 3 and rank == 1: time.sleep(600)", timeout_s=5.0)
+    code, err = torchrun(2, data, tmp_path / "m", before="if step == 3 and rank == 1: time.sleep(600)", timeout_s=5.0)
     assert code != 0
     assert "rank 0 has lost the others" in err
     assert "5 s (train.timeout_s)" in err
 
 
-def test_a_batch_that_cannot_be_divided_is_an_error_with_the_numbers_told_once(data: Path, tmp_path: Path) -> None:
+def test_a_batch_that_cannot_be_divided_is_an_error_with_the_numbers_told_once(
+    data: Path, launcher: Launcher, tmp_path: Path
+) -> None:
     for ranks, changes, message in (
         (2, {"batch_size": 8, "micro_batch_size": 8}, "2 ranks x micro_batch_size = 8: set train.micro_batch_size=4"),
         (3, {"batch_size": 8}, "take a number of ranks that divides batch_size"),
     ):
-        code, err = run(ranks, data, tmp_path / "m", **changes)
-        assert code != 0
+        codes, err = launcher.run(ranks, data, tmp_path / "m", **changes)
+        assert all(codes)
         assert err.count("ConfigError") == 1, err
         assert message in err
 

@@ -476,5 +476,5 @@ def test_a_presets_parameters_are_as_many_as_counted_by_hand(name: str, millions
 
 
 def test_dropout_is_for_networks_of_our_own() -> None:
-    with refuses("dropout = 0.1 is for networks of our own; a base has settings of its own"):
+    with refuses("dropout = 0.1 is for networks of our own; a base has settings of its own: set it to 0"):
         RunConfig(model=PRESETS["tiny"].model, train=training(dropout=0.1), base=BaseConfig(name="some"))
