@@ -220,7 +220,7 @@ def _identity(
     }
     for name, index in (("index", retriever), ("gold index", gold)):
         if index is not None:
-            fingerprints |= {name: index.fingerprint, f"encoder of {name}": index.encoder.fingerprint}
+            fingerprints |= {name: index.fingerprint, f"encoder of {name}": index.encoder_fingerprint}
     if prompted is not None:
         fingerprints["prompt model"] = fingerprint(digests(prompted.model.model))
     if frequent:

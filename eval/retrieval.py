@@ -165,7 +165,7 @@ def measure_retrieval(
             "exact": exact or questions is None,
             "limit": limit,
         },
-        fingerprints={"index": retriever.fingerprint, "encoder": retriever.encoder.fingerprint},
+        fingerprints={"index": retriever.fingerprint, "encoder": retriever.encoder_fingerprint},
         notes=_notes(questions, names, ks[-1]),
         seed=seed,
         seconds=round(time.monotonic() - began, 3),

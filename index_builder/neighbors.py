@@ -89,7 +89,7 @@ def build_training_data(
         for path in sorted(work.iterdir()):
             path.unlink()
         work.rmdir()
-        complete(out, recipe, tokenizer, config, retriever.encoder.fingerprint, counts)
+        complete(out, recipe, tokenizer, config, retriever.encoder_fingerprint, counts)
     made: dict[str, Any] = read_json(out / "manifest.json")
     return made
 

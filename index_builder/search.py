@@ -1,6 +1,7 @@
 """Search with exclusions and filters, and the retriever: encoder, vectors, BM25 and chunk store of one index folder."""
 
 import logging
+import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,7 +283,7 @@ class IndexRetriever:
     def __init__(
         self,
         folder: Path,
-        encoder: Encoder,
+        encoder: Encoder | Callable[[], Encoder],
         *,
         method: Method = "dense",
         where: Filter | None = None,
@@ -291,14 +292,16 @@ class IndexRetriever:
         if method not in METHODS:
             raise ConfigError(f"retriever {method!r} is unknown: use {', '.join(METHODS)}")
         self.folder = folder
-        self.encoder = encoder
+        self._encoder: Encoder | None = None if callable(encoder) else encoder
+        self._open_encoder = encoder if callable(encoder) else None
+        self._opening = threading.Lock()
         self.method: Method = method
         self.where = where
         """What every search is confined to; a search can only narrow it."""
         self._device = device
         self._seen = _identity(folder)
         self._snapshot = Snapshot.open(folder, device=device)
-        self._check_encoder()
+        self._check_encoder(self._encoder)
         if method != "dense":
             self._snapshot._words()
 
@@ -333,17 +336,37 @@ class IndexRetriever:
         folder = Path(path)
         condition = Filter.parse(where) if isinstance(where, str) else where
         made_with = open_manifest(folder, "index")["encoder"]
-        opened = Encoder.reopen(
-            made_with, name=encoder, device=device, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+
+        def reopen() -> Encoder:
+            return Encoder.reopen(
+                made_with, name=encoder, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+
+        # Who searches by words alone need not wait for an encoder, nor have it.
+        opened = reopen if method == "bm25" else reopen()
         return cls(folder, opened, method=method, where=condition, device=device)
+
+    @property
+    def encoder(self) -> Encoder:
+        """What the vectors were made with. Opened when it is first needed, where the method was `bm25`.
+
+        Raises:
+            ConfigError, DependencyError, MismatchError: As `open`.
+        """
+        with self._opening:
+            if self._encoder is None:
+                assert self._open_encoder is not None
+                opened = self._open_encoder()
+                self._check_encoder(opened)
+                self._encoder = opened
+            return self._encoder
 
     def snapshot(self) -> Snapshot:
         """The present state of the index, opened anew where it has changed."""
         if (identity := _identity(self.folder)) != self._seen:
             self._snapshot = Snapshot.open(self.folder, device=self._device)
             self._seen = identity
-            self._check_encoder()
+            self._check_encoder(self._encoder)
         return self._snapshot
 
     @property
@@ -355,6 +378,11 @@ class IndexRetriever:
     def manifest(self) -> dict[str, Any]:
         """Of the present state."""
         return self.snapshot().manifest
+
+    @property
+    def encoder_fingerprint(self) -> str:
+        """Of the encoder that the vectors were made with, which need not be open."""
+        return str(self.manifest["encoder"]["fingerprint"])
 
     @property
     def fingerprint(self) -> str:
@@ -420,13 +448,13 @@ class IndexRetriever:
             queries, vectors_QX, k, method=self.method, role=role, excluded_QG=excluded_QG, keep_N=keep_N
         )
 
-    def _check_encoder(self) -> None:
+    def _check_encoder(self, encoder: Encoder | None) -> None:
+        """Of one that is not open yet nothing is known."""
         made_with = self._snapshot.manifest["encoder"]
-        if self.encoder.fingerprint != made_with["fingerprint"]:
+        if encoder is not None and encoder.fingerprint != made_with["fingerprint"]:
             raise MismatchError(
                 f"{self.folder} was built with the encoder {made_with['name']} ({made_with['fingerprint']}), not with "
-                f"{self.encoder.name} ({self.encoder.fingerprint}): their vectors cannot be compared. Use that encoder, or "
-                "build again"
+                f"{encoder.name} ({encoder.fingerprint}): their vectors cannot be compared. Use that encoder, or build again"
             )
 
 

@@ -273,6 +273,33 @@ def test_an_encoder_that_was_moved_can_be_named(tiny_index: Path, tiny_encoder: 
     assert opened.encoder.name == str(moved)
 
 
+def test_words_are_searched_without_the_encoder_which_is_missed_by_whoever_needs_it(
+    tiny_index: Path, retriever: IndexRetriever, tmp_path: Path
+) -> None:
+    opened = IndexRetriever.open(tiny_index, encoder=str(tmp_path / "gone"), method="bm25")
+    by_words = IndexRetriever(tiny_index, retriever.encoder, method="bm25")
+    assert opened.retrieve(["oil crisis"], 3) == by_words.retrieve(["oil crisis"], 3)
+    assert opened.encoder_fingerprint == retriever.encoder.fingerprint
+    opened.method = "hybrid"
+    with pytest.raises(ConfigError, match="cannot load the encoder"):
+        opened.retrieve(["oil crisis"], 3)
+    with pytest.raises(ConfigError, match="cannot load the encoder"):
+        IndexRetriever.open(tiny_index, encoder=str(tmp_path / "gone"), method="rerank")
+
+
+def test_an_encoder_that_is_opened_late_is_compared_too(
+    tiny_index: Path, prompted_encoder: Path, retriever: IndexRetriever
+) -> None:
+    opened = IndexRetriever.open(tiny_index, encoder=str(prompted_encoder), method="bm25")
+    opened.method = "dense"
+    for _ in range(2):
+        with pytest.raises(MismatchError, match="their vectors cannot be compared"):
+            opened.retrieve(["oil"], 3)
+    opened = IndexRetriever.open(tiny_index, method="bm25")
+    opened.method = "dense"
+    assert opened.retrieve(["oil"], 3) == retriever.retrieve(["oil"], 3)
+
+
 def test_an_index_that_was_moved_works(tiny_index: Path, retriever: IndexRetriever, tmp_path: Path) -> None:
     moved = IndexRetriever(shutil.copytree(tiny_index, tmp_path / "moved.index"), retriever.encoder)
     assert moved.retrieve(["oil"], 3) == retriever.retrieve(["oil"], 3)
