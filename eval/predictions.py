@@ -23,7 +23,7 @@ from eval.judgments import judged_documents
 from eval.metrics import exact_match, first_with_answer, token_f1
 from eval.questions import Question
 from index_builder.build import open_vectors
-from index_builder.search import IndexRetriever
+from index_builder.search import IndexRetriever, merged_passages
 from index_builder.shards import Progress
 from retro.answer import Answer
 from retro.artifact import fingerprint, storage_error, write_json
@@ -97,7 +97,8 @@ class Found:
         Args:
             retriever: Where and how.
             questions: At least one.
-            num_neighbors: Passages that are read; `DEPTH` at least are looked up where there are as many.
+            num_neighbors: Passages that are read; `DEPTH` at least are looked up where there are as many, and twice as many hits,
+                as those beside each other are one passage.
             seed: Of whose passages a question gets when they are shuffled.
             progress: Told how far it is.
 
@@ -112,14 +113,13 @@ class Found:
             raise ConfigError(f"k = {num_neighbors} is more than the {there:,} chunks of {retriever.folder}: lower k")
         self.depth = min(max(num_neighbors, DEPTH), there)
         """Passages looked up."""
+        hits = min(2 * self.depth, there)
         keep_N = self._snapshot.rows_where(retriever.where)
         scores, rows = [], []
         began = time.perf_counter()
         for start in range(0, len(questions), _BATCH_SEARCHED):
             few = [question.text for question in questions[start : start + _BATCH_SEARCHED]]
-            found = retriever.find(
-                few, self.depth, role="query", excluded_QG=None, keep_N=keep_N, snapshot=self._snapshot
-            )
+            found = retriever.find(few, hits, role="query", excluded_QG=None, keep_N=keep_N, snapshot=self._snapshot)
             scores.append(found[0])
             rows.append(found[1])
             if progress is not None:
@@ -140,14 +140,13 @@ class Found:
 
     def passages(self, question: int, k: int) -> Passages:
         """The k best ones of a question, best first."""
-        found = zip(self._rows_QK[question, :k].tolist(), self._scores_QK[question, :k].tolist(), strict=True)
-        return [self.store.passage(row, score) for row, score in found if row >= 0]
+        return merged_passages(self.store, self._rows_QK[question], self._scores_QK[question], k)
 
     def shuffled(self, question: int) -> Passages:
         """Those of another question: none of the question's own, and none that has text in common with one of them."""
-        own = self._rows_QK[question, : self.num_read]
+        own = _rows_of(self.passages(question, self.num_read))
         given = self.passages(int(self.other_Q[question]), self.num_read)
-        return [passage for passage in given if not _near(own, np.array([passage.row]))]
+        return [passage for passage in given if not _near(own, _rows_of([passage]))]
 
 
 def others(rows_QK: Rows, seed: int) -> Rows:
@@ -172,6 +171,11 @@ def others(rows_QK: Rows, seed: int) -> Rows:
             if shared == 0:
                 break
     return other_Q
+
+
+def _rows_of(passages: Passages) -> Rows:
+    """Of the chunks that passages begin with, and of the next ones, which some were merged with."""
+    return np.array([row for passage in passages for row in (passage.row, passage.row + 1)], np.int64)
 
 
 def _near(rows: Rows, others: Rows) -> int:

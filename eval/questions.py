@@ -9,6 +9,7 @@ from typing import Any
 from eval.language_modeling import evenly
 from eval.metrics import normalized_answer
 from index_builder.formats import File, parse_filename, records
+from index_builder.questions import gold_keys
 from retro.errors import ConfigError, FormatError
 
 _MAX_LINE = 1 << 26
@@ -98,17 +99,10 @@ def _question(
         return "`answers` must be a list of strings"
     if not any(answer.strip() for answer in answers):
         return "`answers` is empty: a question without an accepted answer cannot be scored"
-    named = fields.get("gold") or []
-    if not isinstance(named, list):
-        return "`gold` must be a list of the documents that hold the answer"
-    gold = []
-    for entry in [*([fields["para_id"]] if "para_id" in fields else []), *named]:
-        if isinstance(entry, str):
-            gold.append(entry)
-        elif isinstance(entry, list) and len(entry) >= 2:
-            gold.append(f"{corpora.get(str(entry[0]), entry[0])}:{entry[1]}")
-        else:
-            return f"{entry!r} names no document: give its key, or [corpus, id]"
+    try:
+        gold = gold_keys(fields, corpora)
+    except FormatError as error:
+        return str(error)
     group = fields.get(group_field)
     return Question(
         id=f"{name}:{fields.get('id', line)}",

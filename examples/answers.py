@@ -11,10 +11,16 @@ webq_train, opentriviaqa, entityquestions_train and entityquestions_test; what i
   questions that stand in the test set too are left out.
 - Natural Questions (dev), WebQuestions (train), OpenTriviaQA: as they are, questions with answers only.
 
-Then, with an index of the corpora named simple and core, and one of the bundled paragraphs:
+Then, with an index of the corpora named simple and core, and one of the paragraphs that are trained on. What is read beside a
+question is trained on, too: articles of the test of SQuAD are left out of both (other_titles.txt is a condition for --where).
 
-    retro questions OUT/nq.jsonl OUT/webq.jsonl OUT/entity.jsonl --index wiki.index --tokenizer wiki.tok --out wiki.questions
-    retro questions OUT/squad_train.jsonl --index demo.index --tokenizer wiki.tok --out squad.questions
+    retro index build squad=OUT/squad_train_paragraphs.jsonl --out squad.index
+    retro questions OUT/nq.jsonl OUT/webq.jsonl OUT/trivia.jsonl OUT/entity.jsonl --index wiki.index --tokenizer wiki.tok \\
+        --where "$(cat OUT/other_titles.txt)" --exclude OUT/entity_test.jsonl --exclude OUT/squad_test.jsonl --out wiki.questions
+    retro questions OUT/squad_train.jsonl --index squad.index --tokenizer wiki.tok --exclude OUT/squad_test.jsonl \\
+        --out squad.questions
+
+What is a test set elsewhere (nq_open_test, webq_test, triviaqa_dev) is named to --exclude as well.
 """
 
 import argparse
@@ -98,8 +104,12 @@ def main() -> None:
         out / "squad_train_paragraphs.jsonl",
         (row for row in read(source, "squad11_dev_paragraphs") if is_odd(row["title"])),
     )
+    tested = sorted({title for title in titles.values() if not is_odd(title)})
+    condition = f"title not in ({', '.join(json.dumps(title, ensure_ascii=False) for title in tested)})"
+    (out / "other_titles.txt").write_text(condition + "\n", encoding="utf-8")
     for name, of in (("nq", "nq_open_dev"), ("webq", "webq_train"), ("trivia", "opentriviaqa")):
         write(out / f"{name}.jsonl", answered(read(source, of)))
+    write(out / "entity_test.jsonl", answered(read(source, "entityquestions_test"), "relation", "gold"))
     write(out / "entity.jsonl", answered(entity_questions(source, seed=0), "relation", "gold"))
 
 

@@ -542,7 +542,8 @@ def questions(
     """Make data to train answering on: questions (or conversations) with the passages that are found for them.
 
     Records have `question` and `answers`; of a passage that holds an answer, its own words are what the model is to say. Records
-    with `messages`, a list of roles and contents, train `task = "chat"`. Run again, an interrupted run goes on.
+    with `messages`, a list of roles and contents, train `task = "chat"`; they are written by the chat template that lies beside the
+    tokenizer, else in ChatML. Run again, an interrupted run goes on.
 
     \b
     Examples:
@@ -550,6 +551,7 @@ def questions(
       retro questions talks.jsonl --tokenizer wiki.tok --index wiki.index -k 4 --out chat.questions
     """
     from index_builder.questions import QuestionConfig, build_questions
+    from retro.chat import ChatFormat
     from retro.tokenizer import Tokenizer
 
     config = QuestionConfig(
@@ -559,7 +561,14 @@ def questions(
     retriever = open_retriever(index, resolve_devices(device), method)
     with bars() as progress:
         manifest = build_questions(
-            files, out, tokenizer=opened, retriever=retriever, config=config, overwrite=overwrite, progress=progress
+            files,
+            out,
+            tokenizer=opened,
+            retriever=retriever,
+            config=config,
+            chat=ChatFormat.of(tokenizer, opened),
+            overwrite=overwrite,
+            progress=progress,
         )
     report = {
         "out": str(out),

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from index_builder.corpus import describe_corpora
 from index_builder.formats import File, parse_filename, records
 from index_builder.search import IndexRetriever
 from index_builder.shards import Progress
-from retro.artifact import read_json, write_json, writing
-from retro.chat import Message, chat_prompt, check_messages
+from retro.artifact import fingerprint, read_json, write_json, writing
+from retro.chat import ChatFormat, Message, check_messages
 from retro.chunks import SPLITS, Passage
 from retro.errors import ConfigError, FormatError
 from retro.questions import QuestionWriter
@@ -68,8 +68,8 @@ class _Asked:
     answers: list[str]
     group: str
     split: str
-    prompt: str | None = None
-    """Of a conversation: all that stands before the answer."""
+    prompt: list[int] | None = None
+    """Of a conversation: tokens of all that stands before the answer."""
     gold: list[str] = field(default_factory=list)
     """Documents that are known to hold the answer: their keys, or these without the corpus in front."""
 
@@ -81,6 +81,7 @@ def build_questions(
     tokenizer: Tokenizer,
     retriever: IndexRetriever,
     config: QuestionConfig,
+    chat: ChatFormat | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -96,6 +97,7 @@ def build_questions(
         tokenizer: The model's.
         retriever: Finds the passages.
         config: See QuestionConfig.
+        chat: How conversations are written. Default: in ChatML.
         overwrite: Start again whatever is there.
         progress: Called with stage, done, total.
 
@@ -106,21 +108,23 @@ def build_questions(
         FormatError: A record is malformed: with file and line.
         ConfigError: There is no question, or the folder was made differently.
     """
+    chat = chat or ChatFormat.of(None, tokenizer)
     recipe = {
         "questions": describe_corpora(files),
         "index": retriever.fingerprint,
         "retriever": retriever.method,
         **{key: value for key, value in asdict(config).items() if key != "exclude"},
         "exclude": describe_corpora(config.exclude) if config.exclude else [],
+        **({} if chat.template is None else {"chat_template": fingerprint(chat.template)}),
     }
     with writing(out):
         writer = QuestionWriter(out, tokenizer, recipe=json.loads(json.dumps(recipe)), overwrite=overwrite)
         if not writer.finished:
-            asked = list(_read(files, config))
+            asked = list(_read(files, config, chat))
             if not asked:
                 raise ConfigError(f"{', '.join(files)}: there is no question in them that is not left out")
             _find(asked, out / PARTS, retriever, config, progress)
-            _collect(asked, out / PARTS, writer, config)
+            _collect(asked, out / PARTS, writer, config, chat)
             shutil.rmtree(out / PARTS)
             writer.complete()
     manifest: dict[str, Any] = read_json(out / "manifest.json")
@@ -149,7 +153,9 @@ def _candidates(
     """Row, title, text and answer of a question's passages: those that were found, then what the gold documents hold besides."""
     passages = list(found)
     if asked.gold:
-        rows, store = {passage.row for passage in found}, retriever.store
+        store = retriever.store
+        rows = {passage.row for passage in found}
+        rows |= {p.row + 1 for p in found if len(p.full_text) > len(store.passage(p.row).full_text)}  # merged with it
         documents = {store.find(key) for gold in asked.gold for key in (gold, *(f"{name}:{gold}" for name in corpora))}
         for document in sorted(d for d in documents if d is not None):
             for row in store.rows_of(np.array([document])).tolist():
@@ -171,8 +177,10 @@ def find_answer(text: str, answers: Sequence[str]) -> str | None:
     return None
 
 
-def _collect(asked: Sequence[_Asked], parts: Path, writer: QuestionWriter, config: QuestionConfig) -> None:
-    passages: dict[int, int] = {}
+def _collect(
+    asked: Sequence[_Asked], parts: Path, writer: QuestionWriter, config: QuestionConfig, chat: ChatFormat
+) -> None:
+    passages: dict[tuple[int, str], int] = {}
     answerable: dict[str, int] = {}
     found = [candidates for path in sorted(parts.glob("*.json")) for candidates in read_json(path)]
     for a, candidates in zip(asked, found, strict=True):
@@ -186,32 +194,29 @@ def _collect(asked: Sequence[_Asked], parts: Path, writer: QuestionWriter, confi
                 continue
         chosen = []
         for row, title, text, answer in candidates:
-            if row not in passages:
-                passages[row] = writer.passage(title, text)
-            chosen.append((passages[row], answer if a.prompt is None else a.answers[0]))
-        writer.add(
-            question=a.question,
-            prompt=a.prompt,
-            answer=a.answers[0],
-            candidates=chosen,
-            split=a.split,
-            group=a.group,
-        )
+            if (row, text) not in passages:
+                passages[row, text] = writer.passage(title, text)
+            chosen.append((passages[row, text], answer))
+        if a.prompt is None:
+            writer.add(question=a.question, answer=a.answers[0], candidates=chosen, split=a.split, group=a.group)
+        else:
+            writer.add_chat(chat, a.prompt, a.answers[0], [passage for passage, _ in chosen], a.split, a.group)
 
 
 # --- records ------------------------------------------------------------------------------------------------------
 
 
-def _read(files: Sequence[str], config: QuestionConfig) -> Iterator[_Asked]:
-    """The questions of all files, each once, those of the excluded files left out."""
-    seen = {_normal(str(fields.get("question", ""))) for name in config.exclude for _, fields in _fields(name)}
+def _read(files: Sequence[str], config: QuestionConfig, chat: ChatFormat) -> Iterator[_Asked]:
+    """The questions of all files, each once; without those of excluded files, and conversations in which one of these is asked."""
+    excluded = {_normal(str(fields.get("question", ""))) for name in config.exclude for _, fields in _fields(name)}
+    seen: set[object] = set()
     for name in files:
         for number, (line, fields) in enumerate(_fields(name)):
             if config.limit is not None and number >= config.limit:
                 break
-            for asked in _asked(fields, f"{name}:{line}", config, Path(name).name.split(".")[0]):
-                key = _normal(asked.question if asked.prompt is None else asked.prompt + asked.answers[0])
-                if key not in seen:
+            for asked, texts in _asked(fields, f"{name}:{line}", config, Path(name).name.split(".")[0], chat):
+                key: object = texts[0] if asked.prompt is None else (*asked.prompt, asked.answers[0])
+                if key not in seen and excluded.isdisjoint(texts):
                     seen.add(key)
                     yield asked
 
@@ -229,39 +234,76 @@ def _fields(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield line, fields
 
 
-def _asked(fields: dict[str, Any], place: str, config: QuestionConfig, name: str) -> Iterator[_Asked]:
+def _asked(
+    fields: dict[str, Any], place: str, config: QuestionConfig, name: str, chat: ChatFormat
+) -> Iterator[tuple[_Asked, list[str]]]:
+    """What a record asks, and all that a person says in it, normalized."""
     group = str(fields.get("relation") or fields.get("group") or name)
     if "messages" in fields:
         messages = check_messages(fields["messages"], place)
-        yield from _conversation(messages, group, fields, config)
+        said = [_normal(message["content"]) for message in messages if message["role"] == "user"]
+        split = _split(fields, said[0], config, place)
+        for asked in _conversation(messages, group, split, place, chat):
+            yield asked, said
         return
     question, answers = fields.get("question"), fields.get("answers")
     if not isinstance(question, str) or not question.strip():
         raise FormatError(f"{place}: `question` must be a string that is not empty (or give `messages`)")
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
         raise FormatError(f"{place}: `answers` must be a list of strings that are not empty, at least one")
-    gold = [str(fields["para_id"])] if fields.get("para_id") is not None else []
-    gold += [f"{entry[0]}:{entry[1]}" for entry in fields.get("gold") or ()]
-    yield _Asked(question, answers, group, _split(fields, question, config, place), gold=gold)
+    try:
+        gold = gold_keys(fields)
+    except FormatError as error:
+        raise FormatError(f"{place}: {error}") from error
+    split = _split(fields, _normal(question), config, place)
+    yield _Asked(question, answers, group, split, gold=gold), [_normal(question)]
+
+
+def gold_keys(fields: Mapping[str, Any], corpora: Mapping[str, str] | None = None) -> list[str]:
+    """Documents that a record of a question says to hold the answer: `para_id`, or `gold`, a list of keys or of [corpus, id].
+
+    Args:
+        fields: Of the record.
+        corpora: What the corpora that `gold` names are called in the index, where they have other names there.
+
+    Raises:
+        FormatError: It says something else.
+    """
+    named = fields.get("gold") or []
+    if not isinstance(named, list):
+        raise FormatError("`gold` must be a list of the documents that hold the answer")
+    keys = [] if fields.get("para_id") is None else [str(fields["para_id"])]
+    for entry in named:
+        if isinstance(entry, str):
+            keys.append(entry)
+        elif isinstance(entry, list) and len(entry) >= 2:
+            keys.append(f"{(corpora or {}).get(str(entry[0]), entry[0])}:{entry[1]}")
+        else:
+            raise FormatError(f"{entry!r} in `gold` names no document: give its key, or [corpus, id]")
+    return keys
 
 
 def _conversation(
-    messages: Sequence[Message], group: str, fields: dict[str, Any], config: QuestionConfig
+    messages: Sequence[Message], group: str, split: str, place: str, chat: ChatFormat
 ) -> Iterator[_Asked]:
-    for place, message in enumerate(messages):
-        asked = [m["content"] for m in messages[:place] if m["role"] == "user"]
+    for number, message in enumerate(messages):
+        asked = [m["content"] for m in messages[:number] if m["role"] == "user"]
         if message["role"] == "assistant" and asked and message["content"].strip():
-            split = _split(fields, messages[0]["content"], config, "")
-            yield _Asked(asked[-1], [message["content"]], group, split, prompt=chat_prompt(messages[:place]))
+            try:
+                prompt = chat.ids(messages[:number])
+            except ConfigError as error:
+                raise FormatError(f"{place}: {error}") from error
+            yield _Asked(asked[-1], [message["content"]], group, split, prompt=prompt)
 
 
 def _split(fields: dict[str, Any], question: str, config: QuestionConfig, place: str) -> str:
-    """What the record says, else by a hash of the question, so that a question is always on one side."""
+    """What the record says, else by a hash of the normalized question, so that a question is always on one side. For a conversation
+    it is what a person says first in it: other ends of it are on the same side, and what the system says is the same in many."""
     if fields.get("split") is not None:
         if fields["split"] not in SPLITS:
             raise FormatError(f"{place}: split = {fields['split']!r}: must be one of {', '.join(SPLITS)}")
         return str(fields["split"])
-    drawn = int.from_bytes(hashlib.blake2b(_normal(question).encode(), digest_size=8).digest(), "big") / 2**64
+    drawn = int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "big") / 2**64
     return "valid" if drawn < config.valid_share else "train"
 
 

@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -207,6 +207,37 @@ class Snapshot:
         order = np.argsort(-scores_QK, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(scores_QK, order, axis=1), np.take_along_axis(rows_QK, order, axis=1)
 
+    def passages(
+        self,
+        queries: Sequence[str],
+        vectors_QX: NDArray[np.float32] | None,
+        k: int,
+        *,
+        method: Method,
+        role: Role = "query",
+        excluded_QG: NDArray[np.uint64] | None = None,
+        keep_N: NDArray[np.bool_] | None = None,
+    ) -> list[list[Passage]]:
+        """The best passages of each query, best first: of a chunk its neighbors, of a question `merged_passages`.
+
+        The arguments are those of `find`; fewer than k are found only where there are no more.
+        """
+        wanted = k if role == "document" else min(2 * k, self.store.num_live_chunks)
+        scores_QK, rows_QK = self.find(
+            queries, vectors_QX, wanted, method=method, role=role, excluded_QG=excluded_QG, keep_N=keep_N
+        )
+        found = zip(rows_QK, scores_QK, strict=True)
+        if role == "query":
+            return [merged_passages(self.store, rows, scores, k) for rows, scores in found]
+        return [
+            [
+                self.store.passage(row, score)
+                for row, score in zip(rows.tolist(), scores.tolist(), strict=True)
+                if row >= 0
+            ]
+            for rows, scores in found
+        ]
+
     def _by_both(
         self, queries: Sequence[str], vectors_QX: NDArray[np.float32], rows_QK: NDArray[np.int64], k: int
     ) -> Found:
@@ -272,6 +303,39 @@ class Snapshot:
                 "run `retro index compact --lexical english`"
             )
         return self.lexical
+
+
+def merged_passages(store: ChunkStore, rows: NDArray[np.int64], scores: NDArray[np.float32], k: int) -> list[Passage]:
+    """The k best passages that hits make, best first; fewer where there are no more.
+
+    A passage is a chunk with its continuation, so that two hits that lie next to each other have text in common: they are one
+    passage, at the place and with the score of the better one, which holds both chunks and the next one. Its row is that of the
+    chunk it begins with. A third one beside them is a passage of its own: no reader has room for all.
+
+    Args:
+        store: Of the rows.
+        rows: Best first, -1 for none [K].
+        scores: Theirs [K].
+        k: Passages wanted.
+    """
+    made: list[Passage] = []
+    place_of: dict[int, int] = {}
+    for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
+        if row < 0 or len(made) == k:
+            break
+        passage = store.passage(row, score)
+        for beside in (row - 1, row + 1):
+            place = place_of.get(beside)
+            if place is not None and made[place].key == passage.key:
+                first, second = (made[place], passage) if beside < row else (passage, made[place])
+                joined = first.continuation + second.continuation
+                made[place] = replace(first, continuation=joined, score=made[place].score)
+                del place_of[beside]
+                break
+        else:
+            place_of[row] = len(made)
+            made.append(passage)
+    return made
 
 
 class IndexRetriever:
@@ -425,12 +489,15 @@ class IndexRetriever:
         condition = Filter.parse(where) if isinstance(where, str) else where
         if self.where is not None:
             condition = self.where if condition is None else self.where.narrowed(condition)
-        keep_N = now.rows_where(condition)
-        scores_QK, rows_QK = self.find(queries, k, role=role, excluded_QG=excluded_QG, keep_N=keep_N, snapshot=now)
-        return [
-            [now.store.passage(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0]
-            for rows, scores in zip(rows_QK.tolist(), scores_QK.tolist(), strict=True)
-        ]
+        return now.passages(
+            queries,
+            self._vectors(queries, role),
+            k,
+            method=self.method,
+            role=role,
+            excluded_QG=excluded_QG,
+            keep_N=now.rows_where(condition),
+        )
 
     def find(
         self,
@@ -443,10 +510,18 @@ class IndexRetriever:
         snapshot: Snapshot,
     ) -> Found:
         """Rows instead of passages, of one state of the index; see `Snapshot.find`."""
-        vectors_QX = None if self.method == "bm25" else self.encoder.encode(queries, role)
         return snapshot.find(
-            queries, vectors_QX, k, method=self.method, role=role, excluded_QG=excluded_QG, keep_N=keep_N
+            queries,
+            self._vectors(queries, role),
+            k,
+            method=self.method,
+            role=role,
+            excluded_QG=excluded_QG,
+            keep_N=keep_N,
         )
+
+    def _vectors(self, queries: Sequence[str], role: Role) -> NDArray[np.float32] | None:
+        return None if self.method == "bm25" else self.encoder.encode(queries, role)
 
     def _check_encoder(self, encoder: Encoder | None) -> None:
         """Of one that is not open yet nothing is known."""

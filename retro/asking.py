@@ -152,6 +152,9 @@ class Asker:
     def ask_each(self, lines: Iterable[str]) -> bool:
         """Answers questions, one a line, as they come; what cannot be asked is reported and does not stop the others.
 
+        Args:
+            lines: Bytes that are no text in them are surrogates, as of errors="surrogateescape".
+
         Returns:
             Whether all were answered.
 
@@ -159,9 +162,12 @@ class Asker:
             ConfigError: There is none.
         """
         count, failed = 0, 0
-        for question in filter(None, map(str.strip, lines)):
+        for line in filter(None, map(str.strip, lines)):
             count += 1
+            question = line.encode(errors="replace").decode()
             try:
+                if question != line:
+                    raise ConfigError(f"question {count} is not in UTF-8")
                 if self.as_json:
                     typer.echo(json.dumps(self.reply(question).to_json(), ensure_ascii=False))
                 else:
@@ -208,7 +214,7 @@ class Asker:
         elif name == "json" and not value:
             self.as_json = not self.as_json
             typer.echo(f"answers in {'JSON' if self.as_json else 'words'}")
-        elif name == "k" and value.isdigit():
+        elif name == "k" and value.isdecimal():
             if self.retriever is None and int(value):
                 raise ConfigError("there is no index to find passages in: start again with --index")
             self.config = replace(self.config, num_neighbors=int(value))

@@ -1,5 +1,6 @@
 """The `retro` command: composes the commands of the three packages. Nothing heavy is imported before it is needed."""
 
+import io
 import logging
 import os
 import sys
@@ -311,8 +312,11 @@ def ask(
         asker.ask_once(question)
     elif sys.stdin.isatty() and sys.stdout.isatty():
         asker.converse()
-    elif not asker.ask_each(sys.stdin):
-        raise typer.Exit(1)
+    else:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")
+        if not asker.ask_each(sys.stdin):
+            raise typer.Exit(1)
 
 
 # --- serve --------------------------------------------------------------------------------------------------------

@@ -262,18 +262,24 @@ class QuestionBatches:
         )
 
     def _chosen(self, data: QuestionData, question: int, generator: np.random.Generator) -> tuple[list[int], int]:
-        """Passages of a question, in the order of its candidates, and what is to be said with them."""
+        """Passages of a question, in the order of its candidates, and what is to be said with them.
+
+        A passage whose answer lies behind the tokens that are read does not hold it. Where none does, the best ones are read, as
+        when somebody asks; where all do, it is no question that could be read without.
+        """
         passages_C, targets_C = data.candidates(question)
-        holding = np.flatnonzero(targets_C >= 0)
-        other = np.flatnonzero(targets_C < 0)
+        holds_C = self._holds(data, passages_C, targets_C)
+        holding, other = np.flatnonzero(holds_C), np.flatnonzero(~holds_C)
         own, reading = int(data.arrays.own[question]), self.reading
         K = reading.num_passages
         default = int(data.arrays.targets[question])
-        wanted = generator.random() < reading.evidence_share
+        wanted = generator.random() < reading.evidence_share or not len(other)
         if wanted and own >= 0 and (reading.own or not len(holding)):
             few = generator.permutation(other)[: K - 1]
             return [own, *passages_C[np.sort(few)].tolist()], default
-        if not wanted or not len(holding):
+        if not len(holding):
+            return passages_C[:K].tolist(), default
+        if not wanted:
             few = np.sort(generator.permutation(other)[:K])
             return passages_C[few].tolist(), default
         first = int(generator.choice(holding))
@@ -281,6 +287,20 @@ class QuestionBatches:
         rest = [*generator.permutation(other), *(c for c in generator.permutation(holding) if c != first)]
         few = np.sort(np.array([first, *rest[: K - 1]]))
         return passages_C[few].tolist(), int(targets_C[first])
+
+    def _holds(
+        self, data: QuestionData, passages_C: NDArray[np.int32], targets_C: NDArray[np.int32]
+    ) -> NDArray[np.bool_]:
+        """Which candidates hold their answers within what is read of them."""
+        holds_C: NDArray[np.bool_] = targets_C >= 0
+        for place in np.flatnonzero(holds_C).tolist():
+            source = data.passage(int(passages_C[place]))
+            if len(source) > self.neighbor_len:
+                answer = data.target(int(targets_C[place]))
+                found = find_ids(answer, source)
+                # Tokens that stand nowhere are written otherwise there, as with an accent, or within another word.
+                holds_C[place] = not found or found[0] + len(answer) <= self.neighbor_len
+        return holds_C
 
     def _placed(self, corpus: int, number: int) -> tuple[int, np.random.Generator]:
         """A question, and the generator of its passages."""
@@ -390,11 +410,12 @@ class Curriculum:
             self.add(line)
 
     def add(self, record: dict[str, Any]) -> None:
-        """Takes an evaluation note of: passing `passages_grow_at` at the present number of passages brings the next one."""
+        """Takes an evaluation note of: passing `passages_grow_at` with a number of passages, however it was come to, brings the
+        next one."""
         passages = self._config.passages
-        stage = min(self._stage, len(passages) - 1)
-        if record.get("passages") == passages[stage] and record["valid_exact_match"] >= self._config.passages_grow_at:
-            self._stage = min(stage + 1, len(passages) - 1)
+        if record.get("passages") in passages and record["valid_exact_match"] >= self._config.passages_grow_at:
+            stage = passages.index(record["passages"]) + 1
+            self._stage = max(self._stage, min(stage, len(passages) - 1))
 
     def reading(self, step: int) -> Reading:
         """How the questions of a step, counted from 1, are read; each stage gets at most its share of the steps."""

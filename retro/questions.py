@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from retro import artifact
 from retro.answer import question_prompt, source_text
+from retro.chat import ChatFormat, chat_template, save_template
 from retro.chunks import SPLITS, Int64s, TrainingData, load_array, save_array
 from retro.errors import ConfigError, FormatError, MismatchError
 from retro.generate import prompt_ids
@@ -92,6 +93,8 @@ class QuestionWriter:
         self._groups: dict[str, int] = {}
         self._waiting: list[str] = []
         self._passages = 0
+        self._template: str | None = None
+        self._chats = 0
         self.too_long = 0
         """Questions left out because their prompts have more than `LONGEST_PROMPT` tokens."""
 
@@ -123,7 +126,6 @@ class QuestionWriter:
         split: str,
         group: str = "",
         own: int | None = None,
-        prompt: str | None = None,
     ) -> bool:
         """Adds a question; returns False for one that is left out, its prompt being too long.
 
@@ -135,19 +137,15 @@ class QuestionWriter:
             split: train, valid or test.
             group: Relation or data set.
             own: The passage that the question was made of.
-            prompt: The text before the answer, as of a conversation. Default: the prompt of the question.
         """
-        ids = prompt_ids(question_prompt(question) if prompt is None else prompt, self.tokenizer)
-        if len(ids) > LONGEST_PROMPT:
-            self.too_long += 1
+        ids = prompt_ids(question_prompt(question), self.tokenizer)
+        if not self._begin(ids, split, group, own):
             return False
-        self._append("prompt", ids)
         numbers: dict[str, int] = {}
 
         def number(text: str) -> int:
             if text not in numbers:
-                numbers[text] = len(self._starts["target_starts"]) - 1
-                self._append("target", answer_ids(text, self.tokenizer))
+                numbers[text] = self._target(answer_ids(text, self.tokenizer))
             return numbers[text]
 
         self._numbers["targets"].append(number(answer))
@@ -155,10 +153,45 @@ class QuestionWriter:
             self._numbers["candidates"].append(passage)
             self._numbers["candidate_targets"].append(-1 if target is None else number(target))
         self._starts["candidate_starts"].append(len(self._numbers["candidates"]))
+        return True
+
+    def add_chat(
+        self, chat: ChatFormat, prompt: Sequence[int], answer: str, passages: Iterable[int], split: str, group: str = ""
+    ) -> bool:
+        """Adds an answer of a conversation; returns False for one that is left out, its prompt being too long.
+
+        Args:
+            chat: How it is written, the same for all.
+            prompt: What stands before the answer, as `chat` writes it.
+            answer: To be said, whatever is read.
+            passages: That may be read, best first; of none is it known whether it holds the answer.
+            split: train, valid or test.
+            group: Data set.
+        """
+        if not self._begin(prompt, split, group, None):
+            return False
+        self._template = chat.template
+        self._chats += 1
+        self._numbers["targets"].append(self._target(chat.answer_ids(answer)))
+        for passage in passages:
+            self._numbers["candidates"].append(passage)
+            self._numbers["candidate_targets"].append(-1)
+        self._starts["candidate_starts"].append(len(self._numbers["candidates"]))
+        return True
+
+    def _begin(self, prompt: Sequence[int], split: str, group: str, own: int | None) -> bool:
+        if len(prompt) > LONGEST_PROMPT:
+            self.too_long += 1
+            return False
+        self._append("prompt", prompt)
         self._numbers["own"].append(-1 if own is None else own)
         self._numbers["groups"].append(self._groups.setdefault(group, len(self._groups)))
         self._splits.append(SPLITS.index(split))
         return True
+
+    def _target(self, ids: Sequence[int]) -> int:
+        self._append("target", ids)
+        return len(self._starts["target_starts"]) - 2
 
     def complete(self) -> None:
         """Writes everything.
@@ -176,6 +209,7 @@ class QuestionWriter:
         for name in _ARRAYS:
             save_array(self.folder / "arrays" / f"{name}.npy", made[name])
         self.tokenizer.save(self.folder)
+        save_template(self.folder, self._template)
         artifact.finish(
             self.folder,
             KIND,
@@ -185,6 +219,7 @@ class QuestionWriter:
                 "groups": list(self._groups),
                 "questions": {name: self._splits.count(number) for number, name in enumerate(SPLITS)},
                 "passages": self._passages,
+                "chats": self._chats,
                 "too_long": self.too_long,
             },
         )
@@ -218,6 +253,11 @@ class QuestionData:
         Q = len(self.arrays.splits)
         if not len(self.arrays.candidate_starts) == len(self.arrays.prompt_starts) == Q + 1:
             raise FormatError(f"{folder} has {Q:,} questions, but not as many prompts or candidates: make it again")
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether some of it was made of conversations."""
+        return bool(self.manifest.get("chats"))
 
     @property
     def groups(self) -> list[str]:
@@ -260,6 +300,23 @@ def open_questions(folders: Sequence[str]) -> list[QuestionData]:
     opened = [QuestionData(Path(folder)) for folder in folders]
     common_tokenizer(opened)
     return opened
+
+
+def common_template(opened: Sequence[QuestionData]) -> str | None:
+    """How the conversations are written that one model is trained on; None: in ChatML.
+
+    Raises:
+        MismatchError: In different ways.
+    """
+    talks = [data for data in opened if data.has_chats]
+    templates = [chat_template(data.folder) for data in talks]
+    for data, template in zip(talks, templates, strict=True):
+        if template != templates[0]:
+            raise MismatchError(
+                f"the conversations in {talks[0].folder} and {data.folder} are written by different templates: make one of them "
+                "again with the other's tokenizer"
+            )
+    return templates[0] if templates else None
 
 
 def common_tokenizer(opened: Sequence[TrainingData | QuestionData]) -> Tokenizer:

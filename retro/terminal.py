@@ -85,6 +85,8 @@ def print_report(report: dict[str, Any], as_json: bool) -> None:
     for key, value in report.items():
         entries = value.items() if isinstance(value, dict) else [(key, value)]
         for name, entry in entries:
+            if isinstance(entry, (list, tuple)):
+                entry = ", ".join(map(str, entry)) or "none"  # noqa: PLW2901
             number = isinstance(entry, int) and not isinstance(entry, bool)
             text = f"{entry:,}" if number else f"{entry:,.4g}" if isinstance(entry, float) else str(entry)
             typer.echo(f"{name.replace('_', ' '):22}{text}")

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from retro import artifact
+from retro.chat import chat_template, save_template
 from retro.checkpoint import (
     KIND,
     TrainingState,
@@ -49,7 +50,7 @@ from retro.model import Retro
 from retro.pretrained import digests
 from retro.pretrained_encoder import load_encoder
 from retro.question_batches import Curriculum, QuestionBatches, Reading, WithReplay
-from retro.questions import QuestionData, common_tokenizer, open_questions
+from retro.questions import QuestionData, common_template, common_tokenizer, open_questions
 from retro.samples import SAMPLES, SamplePrompt
 from retro.tokenizer import Tokenizer
 
@@ -127,6 +128,8 @@ class Setup:
     questions: list[QuestionData]
     """In the order of the settings; none where text is trained on."""
     tokenizer: Tokenizer
+    template: str | None
+    """How conversations are written, see `retro.chat.ChatFormat`."""
     model: Retro
     """With initial weights, on `device`."""
     optimizer: torch.optim.AdamW
@@ -204,6 +207,7 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
         corpora={} if questions else corpora,
         questions=questions,
         tokenizer=tokenizer,
+        template=_template(run, questions),
         model=model,
         optimizer=make_optimizer(model, config),
         batches=_training_batches(run, corpora, questions),
@@ -268,6 +272,13 @@ def _network(run: RunConfig, tokenizer: Tokenizer, device: torch.device, dtype: 
             load_encoder(model, run.train.encoder, tokenizer.fingerprint)
     model.drop_activations(run.train.dropout)
     return model
+
+
+def _template(run: RunConfig, questions: Sequence[QuestionData]) -> str | None:
+    """How the finished model wants conversations: as it was trained on them, else as its base does."""
+    if run.base is not None and not any(data.has_chats for data in questions):
+        return chat_template(run.base.name)
+    return common_template(questions)
 
 
 def _encoder_digests(model: Retro) -> dict[str, str]:
@@ -917,6 +928,7 @@ def _complete(parts: Setup, out: Path, state: TrainingState, metrics: Metrics) -
     def write() -> None:
         metrics.close()
         prune_training(out, keep=1)
+        save_template(out, parts.template)
         save_model(out, parts.model, parts.tokenizer, weights=weights, training=figures, recipe=parts.recipe)
 
     parts.ranks.on_first(write)

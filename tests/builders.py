@@ -4,12 +4,15 @@ Neighbor number u begins with the two tokens (u // BASE + 2, u % BASE + 2), so t
 """
 
 import functools
+import importlib.util
+import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from retro import artifact
@@ -37,6 +40,13 @@ class ToyDocument:
     def tokens(self) -> list[int]:
         """With BOS."""
         return [toy_tokenizer().bos_id, *self.ids]
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+in_a_browser = pytest.mark.skipif(
+    importlib.util.find_spec("playwright") is None or CHROMIUM is None,
+    reason="needs playwright (pip install playwright) and Chromium (chromium on the PATH)",
+)
 
 
 def one_thread() -> Iterator[None]:
@@ -168,6 +178,15 @@ def toy_model_config(**changes: Any) -> ModelConfig:
         "chunk_len": CHUNK_LEN,
     }
     return ModelConfig(**(values | changes))
+
+
+def speak_up(model: Any, *, std: float = 1.0, seed: int = 0) -> None:
+    """Gives a network large random matrices, so that passages and distant tokens move what it says."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=std / parameter.shape[1] ** 0.5, generator=generator)
 
 
 def toy_run(data: Path, out: Path, *, model: dict[str, Any] | None = None, **changes: Any) -> RunConfig:

@@ -1,5 +1,6 @@
 """Shared by all tests: no network, small encoders, a part of the bundled corpus, and processes that die on purpose."""
 
+import importlib
 import json
 import lzma
 import os
@@ -195,6 +196,19 @@ def retro(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         return Outcome(code or 0, printed.out, printed.err)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, for tests that are marked `builders.in_a_browser`."""
+    from builders import CHROMIUM
+
+    sync_playwright = importlib.import_module("playwright.sync_api").sync_playwright
+    with sync_playwright() as playwright:
+        # Containers have no user namespaces for the sandbox; the pages are ours.
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")

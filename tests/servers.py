@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import openai
 import torch
-from builders import toy_model_config
+from builders import speak_up, toy_model_config
 
 from retro.checkpoint import save_model
 from retro.model import Retro
@@ -52,11 +52,8 @@ def talkative_model(folder: Path, tokenizer_folder: Path) -> Path:
     model = Retro(
         toy_model_config(vocab_size=tokenizer.vocab_size, dim=32, num_layers=3, cca_layers=(2, 3), tie_embeddings=False)
     )
-    generator = torch.Generator().manual_seed(0)
+    speak_up(model, std=1.5)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.5 / parameter.shape[1] ** 0.5, generator=generator)
         assert model.head is not None
         model.head.weight[tokenizer.eos_id] = 0.0
     save_model(folder, model, tokenizer)

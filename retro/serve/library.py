@@ -168,11 +168,7 @@ class Library:
                 began = time.perf_counter()
                 vectors_QX = None if method == "bm25" else retriever.encoder.encode(few, role)
                 encoded = time.perf_counter()
-                scores_QK, rows_QK = now.find(few, vectors_QX, k, method=method, keep_N=keep_N)
-                found += [
-                    [now.store.passage(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0]
-                    for rows, scores in zip(rows_QK.tolist(), scores_QK.tolist(), strict=True)
-                ]
+                found += now.passages(few, vectors_QX, k, method=method, role=role, keep_N=keep_N)
             if method != "bm25":
                 self._metrics.encoding.observe(encoded - began)
             self._metrics.searching.observe(time.perf_counter() - encoded)

@@ -15,13 +15,12 @@ from index_builder.filters import Filter
 from index_builder.search import Method
 from retro.answer import NEIGHBOR_LEN, answer_config, answer_prompt, passage_text, to_answer
 from retro.attribution import Explanation, explain
-from retro.chat import last_user_message
+from retro.chat import ChatFormat, last_user_message
 from retro.checkpoint import load_model
 from retro.chunks import Passage
 from retro.config import GenerateConfig
 from retro.errors import ConfigError
 from retro.generate import Prompt, prompt_ids
-from retro.serve.chat import ChatFormat
 from retro.serve.config import Key, Keys, ServeConfig
 from retro.serve.engine import Engine, Task, Update
 from retro.serve.errors import ApiError

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import builders
 import pytest
 import torch
 import transformers
-from builders import toy_model_config
+from builders import speak_up, toy_model_config
 from commands import Outcome, command, refused
 
 from index_builder.build import build_index
@@ -39,11 +40,7 @@ def model(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """Random weights, large enough that passages move tokens. Not to be altered: copy it."""
     tokenizer = Tokenizer.load(str(tokenizer_folder))
     network = Retro(toy_model_config(vocab_size=tokenizer.vocab_size, cca_layers=(1, 2), chunk_len=16))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.0 / parameter.shape[1] ** 0.5, generator=generator)
+    speak_up(network)
     folder = tmp_path_factory.mktemp("model") / "toy.model"
     save_model(folder, network, tokenizer)
     return folder
@@ -159,6 +156,21 @@ def test_questions_from_a_pipe_are_answered_one_a_line(
     refused(command(*arguments), "there is no question")
 
 
+def test_bytes_of_a_pipe_that_are_no_text_are_reported_and_the_others_answered(arguments: list[object]) -> None:
+    asked = f"{QUESTION}\n".encode()
+    done = subprocess.run(
+        [sys.executable, "-m", "retro", *map(str, arguments), "--json"],
+        input=asked + b"\xff\xfe?\n" + asked,
+        capture_output=True,
+        check=False,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )
+    lines = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    assert (done.returncode, done.stderr) == (1, b"")
+    assert [line.get("error") for line in lines] == [None, "question 2 is not in UTF-8", None]
+    assert lines[0]["answer"] == lines[2]["answer"]
+
+
 class Terminal:
     """What a person sees of a command that runs on a terminal."""
 
@@ -218,6 +230,7 @@ def test_a_conversation_on_a_terminal(arguments: list[object], monkeypatch: pyte
         ":json",
         QUESTION,
         ":k many",
+        ":k \u00b2",
         ":retriever x",
         " ",
         ":help",
@@ -233,6 +246,7 @@ def test_a_conversation_on_a_terminal(arguments: list[object], monkeypatch: pyte
     line = next(line for line in shown.split("\n") if '{"question"' in line)
     assert json.loads(line[line.index("{") :]) | {"seconds": None} == words | {"seconds": None}
     assert "Error: :k many is no command" in errors
+    assert "Error: :k \u00b2 is no command" in errors
     assert "Error: retriever 'x' is unknown" in errors
     assert "Ctrl-D leaves." in shown.split(":help\n")[-1]
 

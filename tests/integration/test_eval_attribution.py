@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from builders import toy_model_config
+from builders import speak_up, toy_model_config
 
 from eval.attribution import Attribution
 from eval.attribution_page import heat_map, page
@@ -29,11 +28,7 @@ def model(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """A network with random weights, large enough that passages move tokens."""
     tokenizer = Tokenizer.load(str(tokenizer_folder))
     network = Retro(toy_model_config(vocab_size=tokenizer.vocab_size, cca_layers=(1, 2), chunk_len=16))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.0 / parameter.shape[1] ** 0.5, generator=generator)
+    speak_up(network)
     folder = tmp_path_factory.mktemp("model") / "toy.model"
     save_model(folder, network, tokenizer)
     return folder

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import toy_model_config, toy_tokenizer
+from builders import speak_up, toy_model_config, toy_tokenizer
 from commands import command, done, refused
 
 from eval.metrics import contains_answer
@@ -32,11 +32,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A network with random weights, large enough that passages move tokens; it says a few letters only, so that answers recur."""
     tokenizer = toy_tokenizer()
     network = Retro(toy_model_config(cca_layers=(1, 2), chunk_len=16, tie_embeddings=False))
-    generator = torch.Generator().manual_seed(SEED)
+    speak_up(network, std=1.2, seed=SEED)
     with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.2 / parameter.shape[1] ** 0.5, generator=generator)
         assert network.head is not None
         silent = torch.ones(tokenizer.vocab_size, dtype=torch.bool)
         silent[[*tokenizer.encode(" bcde").ids.tolist(), tokenizer.eos_id]] = False

@@ -16,7 +16,7 @@ import builders
 import pytest
 import torch
 import transformers
-from builders import Library, toy_model_config, toy_tokenizer
+from builders import Library, speak_up, toy_model_config, toy_tokenizer
 from torch import Tensor
 
 from index_builder.search import IndexRetriever
@@ -71,11 +71,8 @@ def passages(query: str, k: int) -> list[Passage]:
 
 def randomized(model: Any, head: Any = None, seed: int = 0) -> Any:
     """Large weights, so that neighbors and distant tokens matter; says printable ASCII only, where a head is given."""
-    generator = torch.Generator().manual_seed(seed)
+    speak_up(model, seed=seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.0 / parameter.shape[1] ** 0.5, generator=generator)
         if head is not None:
             plain = [
                 len(text) == 1 and " " <= text <= "~" for text in (toy_tokenizer().decode([i]) for i in range(258))

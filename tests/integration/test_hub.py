@@ -18,7 +18,7 @@ import pytest
 import safetensors.torch
 import tokenizers
 import torch
-from builders import Library, toy_model_config, toy_tokenizer
+from builders import Library, speak_up, toy_model_config, toy_tokenizer
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 from transformers import (
@@ -66,12 +66,9 @@ def random_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: A
     """Large random weights, so that neighbors and distant tokens matter; says printable ASCII only, where nothing is tied."""
     values = {"chunk_len": M, "num_layers": 3, "cca_layers": (2, 3), "tie_embeddings": False}
     model = Retro(toy_model_config(**(values | changes)))
-    generator = torch.Generator().manual_seed(seed)
     plain = [len(text) == 1 and " " <= text <= "~" for text in (toy_tokenizer().decode([i]) for i in range(258))]
+    speak_up(model, std=1.5, seed=seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.5 / parameter.shape[1] ** 0.5, generator=generator)
         if model.head is not None:
             model.head.weight[~torch.tensor(plain)] = 0.0
     return model.to(dtype).eval()

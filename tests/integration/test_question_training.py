@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from builders import toy_model_config
 from commands import Outcome, done, refused
 from safetensors.torch import load_file
@@ -18,17 +19,17 @@ from index_builder.questions import QuestionConfig, build_questions, find_answer
 from index_builder.search import IndexRetriever
 from retro.answer import answer_config, ask_many, passage_text, question_prompt, source_text
 from retro.attribution import explain
-from retro.chat import chat_prompt
+from retro.chat import ChatFormat, Message, chat_prompt
 from retro.checkpoint import load_model
 from retro.chunks import SPLITS
-from retro.config import ModelConfig, RunConfig, TrainConfig
+from retro.config import BaseConfig, ModelConfig, RunConfig, TrainConfig
 from retro.costs import forward_flops
 from retro.dry_run import measure_training
 from retro.errors import ConfigError, MismatchError
 from retro.generate import Prompt, generate
 from retro.metrics import METRICS, read_lines
-from retro.question_batches import QuestionBatches, Reading
-from retro.questions import QuestionData
+from retro.question_batches import QuestionBatches, Reading, WithReplay
+from retro.questions import QuestionData, QuestionWriter
 from retro.tokenizer import Tokenizer
 from retro.train import evaluate_answers, question_flops, setup, train
 
@@ -208,8 +209,92 @@ def test_every_answer_of_a_conversation_is_a_question_after_all_before_it(
         passages, targets = made.candidates(number)
         read = [tokenizer.decode(made.passage(p).tolist()) for p in passages.tolist()]
         assert read == [source_text(p.title, p.full_text) for p in near]
-        said = {tokenizer.decode(made.target(t).tolist()).strip() for t in targets.tolist()}
-        assert said == {talk[2 * number + 2]["content"]}
+        assert set(targets.tolist()) == {-1}  # it is not known what they hold
+        said = tokenizer.decode(made.target(int(made.arrays.targets[number])).tolist())
+        assert said == " " + talk[2 * number + 2]["content"]
+
+
+def test_conversations_are_split_by_what_is_asked_first_and_those_with_a_test_question_are_left_out(
+    tokenizer: Tokenizer, retriever: IndexRetriever, tmp_path: Path
+) -> None:
+    rows = []
+    for number in range(60):
+        talk = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": f"What is {number}?"},
+            {"role": "assistant", "content": "A number."},
+            {"role": "user", "content": "Is it secret?" if number == 7 else "Is it odd?"},
+            {"role": "assistant", "content": "Perhaps."},
+        ]
+        rows += [{"messages": talk[:3]}, {"messages": talk}]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "is it SECRET"}) + "\n")
+    config = QuestionConfig(num_passages=1, valid_share=0.3, exclude=(str(tmp_path / "test.jsonl"),))
+    files, out = [str(tmp_path / "talks.jsonl")], tmp_path / "x.questions"
+    build_questions(files, out, tokenizer=tokenizer, retriever=retriever, config=config)
+    made = QuestionData(out)
+    sides: dict[str, set[int]] = {}
+    for number, split in enumerate(made.arrays.splits.tolist()):
+        text = tokenizer.decode(made.prompt(number).tolist())
+        assert "secret" not in text
+        sides.setdefault(re.findall(r"What is \d+", text)[0], set()).add(split)
+    assert len(made.arrays.splits) == 2 * 60 - 1  # of number 7 only the record without the secret remains
+    assert all(len(side) == 1 for side in sides.values())
+    assert 8 <= sum(side == {SPLITS.index("valid")} for side in sides.values()) <= 28
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+
+
+def test_a_base_learns_conversations_as_its_own_template_writes_them(
+    tokenizer: Tokenizer,
+    tokenizer_folder: Path,
+    retriever: IndexRetriever,
+    tiny_index: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    base = tmp_path / "base"
+    config = transformers.GPT2Config(vocab_size=tokenizer.vocab_size, n_positions=256, n_embd=16, n_layer=2, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(base)
+    shutil.copy(tokenizer_folder / "tokenizer.json", base)
+    (base / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    talk = [{"role": "user", "content": "When did the oil crisis begin?"}, {"role": "assistant", "content": "In 1973."}]
+    rows = [{"messages": talk, "split": split} for split in ("train", "valid")]
+    rows[1] = {**rows[1], "messages": [{**talk[0], "content": "Why did it begin?"}, talk[1]]}
+    path, data, out = tmp_path / "talks.jsonl", tmp_path / "talks.questions", tmp_path / "talks.model"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done("questions", path, "--tokenizer", base, "--index", tiny_index, "--out", data, "-k", 2)
+    made = QuestionData(data)
+    asked: list[Message] = [{"role": "user", "content": talk[0]["content"]}]
+    text = "[user] When did the oil crisis begin?\n[assistant] "
+    assert made.prompt(0).tolist() == [tokenizer.bos_id, *tokenizer.encode(text).ids.tolist()]
+    assert made.target(int(made.arrays.targets[0])).tolist() == tokenizer.encode("In 1973.").ids.tolist()
+
+    options = {"task": "chat", "steps": 80, "batch_size": 1, "micro_batch_size": 1, "learning_rate": 1e-2}
+    options |= {"warmup_steps": 1, "eval_every": 80, "save_every": 80, "passages": [2], "neighbor_len": 48}
+    sets = [part for key, value in options.items() for part in ("--set", f"train.{key}={json.dumps(value)}")]
+    sets += ["--set", "base.unfreeze=-1", "--set", "model.cca_layers=[2]", "--set", "model.chunk_len=16"]
+    done("train", "--base", base, "--data", data, "--out", out, *sets)
+    assert (out / "chat_template.jinja").read_text() == TEMPLATE
+    model, its_tokenizer, _ = load_model(out)
+    chat = ChatFormat.of(out, its_tokenizer)
+    ids = chat.ids(asked)
+    assert ids == made.prompt(0).tolist()
+    near = [passage_text(p) for p in retriever.retrieve([talk[0]["content"]], 2, role="query")[0]]
+    prompt = Prompt(ids, {-(-len(ids) // 16) - 1: near})
+    assert generate(model, its_tokenizer, [prompt], answer_config(2, 12))[0].text == "In 1973."
+
+    plain = _without_chats(tmp_path / "plain.questions", its_tokenizer)
+    settings = TrainConfig(task="qa", data=str(plain), out=str(tmp_path / "plain.model"))
+    parts = setup(RunConfig(model=model.config, base=BaseConfig(name=str(base)), train=settings))
+    assert parts.template == TEMPLATE  # no conversation says anything else
+
+
+def _without_chats(folder: Path, tokenizer: Tokenizer) -> Path:
+    with QuestionWriter(folder, tokenizer, recipe={}) as writer:
+        writer.add(question="Who?", answer="a", candidates=[(writer.passage("T", "a b"), "a")], split="train")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -220,6 +305,12 @@ def test_every_answer_of_a_conversation_is_a_question_after_all_before_it(
         ({"question": "Who?", "answers": []}, "`answers` must be"),
         ({"question": "Who?", "answers": ["x", 1]}, "`answers` must be"),
         ({"question": "Who?", "answers": ["x"], "split": "dev"}, "split = 'dev'"),
+        ({"question": "Who?", "answers": ["x"], "gold": 5}, "`gold` must be a list"),
+        ({"question": "Who?", "answers": ["x"], "gold": [["simple"]]}, "['simple'] in `gold` names no document"),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "split": "dev"},
+            "split",
+        ),
         ({"messages": []}, "`messages` must be"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "message 0 must have a role"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "no message is a user's"),
@@ -420,6 +511,7 @@ def test_a_training_can_begin_with_another_model_and_replay_text(
         replay_share=0.5,
         replay_sequences=2,
         seq_len=64,
+        passages=(1,),
         steps=4,
         learning_rate=0.0 + 1e-12,
         final_learning_rate=0.0,
@@ -434,6 +526,18 @@ def test_a_training_can_begin_with_another_model_and_replay_text(
         torch.testing.assert_close(after[name], tensor, rtol=1e-5, atol=1e-7)
     steps = [line for line in losses(tmp_path / "later.model") if "loss_nats" in line]
     assert len(steps) == 4
+    alone = replace(later, train=replace(later.train, replay="", out=str(tmp_path / "alone.model")))
+    train(alone)
+    asked = [line for line in losses(tmp_path / "alone.model") if "loss_nats" in line]
+    mixed = setup(later).batches
+    assert isinstance(mixed, WithReplay)
+    kinds = [mixed.batch(8 * step, 8).inputs_BT.shape == (2, 64) for step in range(4)]
+    assert kinds.count(True) == 2
+    # The weights hardly move: a step's loss is that of what it is on, and those on questions come in the same order.
+    found = [line["loss_nats"] for line, is_text in zip(steps, kinds, strict=True) if not is_text]
+    assert found == pytest.approx([line["loss_nats"] for line in asked[:2]], rel=1e-5)
+    texts = [line["loss_nats"] for line, is_text in zip(steps, kinds, strict=True) if is_text]
+    assert texts != pytest.approx([line["loss_nats"] for line in asked[2:]], rel=1e-3)
     other = replace(later, model=ModelConfig(**(vars_of(first.config) | {"num_layers": first.config.num_layers + 1})))
     with pytest.raises(MismatchError, match="has other sizes than the run"):
         train(replace(other, train=replace(later.train, out=str(tmp_path / "x.model"))))

@@ -1,15 +1,13 @@
 """The report's commands, and its page in a browser where there is one."""
 
-import importlib
-import importlib.util
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import in_a_browser
 from commands import Outcome
 from sample_records import hostile_record, lm_record, write_sample_report
 
@@ -56,23 +54,6 @@ def test_a_readme_is_filled_and_checked(retro: Retro, tmp_path: Path) -> None:
 
 
 # --- in a browser -------------------------------------------------------------------------------------------------
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-in_a_browser = pytest.mark.skipif(
-    importlib.util.find_spec("playwright") is None or CHROMIUM is None,
-    reason="needs playwright (pip install playwright) and Chromium (chromium on the PATH)",
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_playwright = importlib.import_module("playwright.sync_api").sync_playwright
-
-    with sync_playwright() as playwright:
-        # Containers have no user namespaces for the sandbox; the page is ours.
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 import contextlib
 import http.client
-import importlib
-import importlib.util
 import itertools
 import json
 import os
@@ -20,7 +18,7 @@ import builders
 import numpy as np
 import pytest
 import torch
-from builders import toy_model_config
+from builders import speak_up, toy_model_config
 
 from retro.checkpoint import save_model
 from retro.model import Retro
@@ -29,11 +27,7 @@ from retro.serve.server import Server, serve
 from retro.threshold import Threshold, save_threshold
 from retro.tokenizer import Tokenizer
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("playwright") is None or CHROMIUM is None,
-    reason="needs playwright (pip install playwright) and Chromium (chromium on the PATH)",
-)
+pytestmark = builders.in_a_browser
 one_thread = pytest.fixture(autouse=True)(builders.one_thread)
 
 USER, ADMIN = "user-key-0123456789", "admin-key-0123456789"
@@ -80,11 +74,8 @@ def model_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactor
         vocab_size=tokenizer.vocab_size, dim=32, num_layers=3, cca_layers=(2, 3), tie_embeddings=False
     )
     model = Retro(config)
-    generator = torch.Generator().manual_seed(0)
+    speak_up(model, std=1.5)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.5 / parameter.shape[1] ** 0.5, generator=generator)
         assert model.head is not None
         model.head.weight[tokenizer.eos_id] = 0.0
     folder = tmp_path_factory.mktemp("page") / "toy.model"
@@ -163,16 +154,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come"
         time.sleep(0.01)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_playwright = importlib.import_module("playwright.sync_api").sync_playwright
-    with sync_playwright() as playwright:
-        # Containers have no user namespaces for the sandbox; the page is ours.
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

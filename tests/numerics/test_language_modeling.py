@@ -9,7 +9,7 @@ import builders
 import numpy as np
 import pytest
 import torch
-from builders import plain_document, toy_model_config
+from builders import plain_document, speak_up, toy_model_config
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from eval.language_modeling import (
@@ -83,11 +83,7 @@ class Library:
 
 def random_model(dtype: torch.dtype = torch.float64, **changes: object) -> Retro:
     model = Retro(toy_model_config(**({"vocab_size": 300, "chunk_len": M, "cca_layers": (1, 2)} | changes)))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.0 / parameter.shape[1] ** 0.5, generator=generator)
+    speak_up(model)
     return model.to(dtype).eval()
 
 

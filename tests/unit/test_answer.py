@@ -7,7 +7,7 @@ import builders
 import pytest
 import tokenizers
 import torch
-from builders import toy_model_config, toy_tokenizer
+from builders import speak_up, toy_model_config, toy_tokenizer
 from torch import Tensor
 
 from retro.answer import (
@@ -66,12 +66,9 @@ class Shelf:
 def make_model(seed: int) -> Retro:
     """Random weights, large ones; it says letters, spaces and EOS only."""
     model = Retro(toy_model_config(chunk_len=M, tie_embeddings=False))
-    generator = torch.Generator().manual_seed(seed)
     said = [*toy_tokenizer().encode(" abc").ids.tolist(), toy_tokenizer().eos_id]
+    speak_up(model, std=1.2, seed=seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.2 / parameter.shape[1] ** 0.5, generator=generator)
         assert model.head is not None
         silent = torch.ones(258, dtype=torch.bool)
         silent[said] = False

@@ -11,7 +11,7 @@ from typing import Any
 import builders
 import pytest
 import torch
-from builders import toy_model_config, toy_tokenizer
+from builders import speak_up, toy_model_config, toy_tokenizer
 
 from retro.chunks import Passage
 from retro.config import GenerateConfig
@@ -96,11 +96,8 @@ def random_model(
     """
     values = {"vocab_size": 300, "chunk_len": M, "num_layers": 3, "cca_layers": (2, 3), "tie_embeddings": False}
     model = Retro(toy_model_config(**(values | changes)))
-    generator = torch.Generator().manual_seed(seed)
+    speak_up(model, std=1.5, seed=seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.5 / parameter.shape[1] ** 0.5, generator=generator)
         if only and model.head is not None:
             forbidden = torch.ones(model.config.vocab_size, dtype=torch.bool)
             forbidden[[i for i in range(tokenizer().vocab_size) if tokenizer().decode([i]) in only]] = False

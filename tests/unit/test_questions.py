@@ -12,6 +12,7 @@ from builders import toy_model_config, toy_tokenizer
 
 from retro.answer import question_prompt, source_text
 from retro.attention import Places
+from retro.chat import ChatFormat, Message, chat_prompt, save_template
 from retro.config import TrainConfig
 from retro.data import Batch, Retrieval
 from retro.errors import ConfigError, FormatError, MismatchError
@@ -28,7 +29,7 @@ from retro.question_batches import (
     compacted,
     question_batch,
 )
-from retro.questions import LONGEST_PROMPT, QuestionData, QuestionWriter, answer_ids, open_questions
+from retro.questions import LONGEST_PROMPT, QuestionData, QuestionWriter, answer_ids, common_template, open_questions
 from retro.tokenizer import Tokenizer
 
 M, R = 16, 36
@@ -194,6 +195,65 @@ def test_evidence_is_left_out_and_the_book_closed_as_often_as_asked(tmp_path: Pa
     assert abs(counts["evident"] / total - 0.9 * 0.75) < 0.07
 
 
+def test_where_nothing_is_known_to_hold_the_answer_the_best_passages_are_read(tmp_path: Path) -> None:
+    with QuestionWriter(tmp_path / "a.questions", TOKENIZER, recipe={}) as writer:
+        numbers = [writer.passage("T", text) for text in PASSAGES]
+        writer.add(question="Who?", answer="a", candidates=[(n, None) for n in (5, 2, 7, 1)], split="train")
+        chat = ChatFormat.of(None, TOKENIZER)
+        said: list[Message] = [{"role": "user", "content": "Hi"}]
+        writer.add_chat(chat, chat.ids(said), "Hello", [numbers[n] for n in (6, 3, 8)], "train")
+    data = QuestionData(tmp_path / "a.questions")
+    assert data.has_chats
+    for share in (0.0, 0.5, 1.0):
+        source = batches(data, permute=False, reading=Reading(num_passages=2, evidence_share=share))
+        for epoch in range(8):
+            assert read(source.batch(2 * epoch, 1), 0) == (question_prompt("Who?"), " a", {cut(5), cut(2)})
+            assert read(source.batch(2 * epoch + 1, 1), 0) == (chat_prompt(said), " Hello", {cut(6), cut(3)})
+
+
+def test_a_question_whose_passages_all_hold_the_answer_is_never_read_without_any(tmp_path: Path) -> None:
+    with QuestionWriter(tmp_path / "a.questions", TOKENIZER, recipe={}) as writer:
+        numbers = [writer.passage("T", text) for text in PASSAGES]
+        writer.add(question="Who?", answer="a", candidates=[(numbers[4], "A"), (numbers[9], "aa")], split="train")
+    source = batches(QuestionData(tmp_path / "a.questions"), reading=Reading(num_passages=1, evidence_share=0.0))
+    found = {(answer.strip(), *sources) for _, answer, sources in (read(source.batch(n, 1), 0) for n in range(30))}
+    assert found == {("A", cut(4)), ("aa", cut(9))}
+
+
+def test_an_answer_behind_what_is_read_of_a_passage_is_no_evidence(tmp_path: Path) -> None:
+    with QuestionWriter(tmp_path / "a.questions", TOKENIZER, recipe={}) as writer:
+        early, late = (writer.passage("", text) for text in ("it is UNO " + "x" * 300, "x" * 300 + " it is UNO"))
+        writer.add(question="Who?", answer="uno", candidates=[(late, "UNO"), (early, "UNO")], split="train")
+        writer.add(question="Who else?", answer="uno", candidates=[(late, "UNO")], split="train")
+    data = QuestionData(tmp_path / "a.questions")
+    source = batches(data, permute=False, reading=Reading(num_passages=1))
+    for epoch in range(10):
+        _, answer, sources = read(source.batch(2 * epoch, 1), 0)
+        assert (answer, [s.startswith("source: it is UNO") for s in sources]) == (" UNO", [True])
+        assert read(source.batch(2 * epoch + 1, 1), 0)[1] == " uno"  # as is said where nothing is to be read
+    whole = QuestionBatches([data], "train", chunk_len=M, neighbor_len=400, seed=3, permute=False)
+    assert read(whole.batch(1, 1), 0)[1] == " UNO"
+
+
+def test_conversations_of_different_templates_do_not_train_one_model(tmp_path: Path) -> None:
+    folders = []
+    for name, template in (("a", None), ("b", "{{ messages[0].content }}"), ("c", "{{ messages[0].content }}")):
+        (tmp_path / f"{name}.source").mkdir()
+        save_template(tmp_path / f"{name}.source", template)
+        chat = ChatFormat.of(tmp_path / f"{name}.source", TOKENIZER)
+        with QuestionWriter(tmp_path / f"{name}.questions", TOKENIZER, recipe={}) as writer:
+            writer.add_chat(chat, chat.ids([{"role": "user", "content": "Hi"}]), "Hello", [], "train")
+        folders.append(str(tmp_path / f"{name}.questions"))
+    plain, one, other = open_questions(folders)
+    assert (TOKENIZER.decode(one.prompt(0)), TOKENIZER.decode(one.target(0))) == ("Hi", "Hello")
+    assert common_template([one, other]) == "{{ messages[0].content }}"
+    assert common_template([plain]) is None
+    with pytest.raises(
+        MismatchError, match=r"conversations in .*a\.questions and .*b\.questions are written by different"
+    ):
+        common_template([plain, one])
+
+
 def test_a_batch_is_the_same_in_whatever_company(tmp_path: Path) -> None:
     source = batches(made(tmp_path / "a.questions", copies=3), reading=Reading(num_passages=2), compact=False)
     whole = source.batch(4, 12)
@@ -312,6 +372,10 @@ def test_the_curriculum_grows_when_the_present_number_is_mastered_or_its_share_o
     assert again.reading(41).num_passages == 4
     again.add({"step": 50, "passages": 4, "valid_exact_match": 1.0})
     assert again.reading(51).num_passages == 4
+    late = Curriculum(config, [])
+    assert late.reading(120).num_passages == 2  # its time had come
+    late.add({"step": 120, "passages": 2, "valid_exact_match": 0.95})
+    assert late.reading(121).num_passages == 4
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,15 @@ import builders
 import pytest
 import tokenizers
 import torch
-from builders import toy_model_config, toy_tokenizer
+from builders import speak_up, toy_model_config, toy_tokenizer
 
 from retro import generate as generating
-from retro.chat import Message, chat_prompt
+from retro.chat import ChatFormat, Message, chat_prompt
 from retro.chunks import Passage
 from retro.config import GenerateConfig
 from retro.errors import ConfigError
 from retro.generate import Decoder, Prompt, Role, generate, prompt_ids
 from retro.model import Retro
-from retro.serve.chat import ChatFormat
 from retro.serve.config import Key, Keys, ServeConfig, check_exposure, is_loopback, named_indexes
 from retro.serve.engine import Engine, Task, Update, _held_back
 from retro.serve.gate import BusyError, Gate
@@ -36,11 +35,7 @@ FIRST, SECOND = "first-key-0123456789", "second-key-0123456789"
 
 def model() -> Retro:
     made = Retro(toy_model_config(tie_embeddings=False))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.5 / parameter.shape[1] ** 0.5, generator=generator)
+    speak_up(made, std=1.5)
     return made.eval()
 
 
