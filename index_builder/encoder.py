@@ -1,4 +1,4 @@
-"""The frozen sentence encoder: text to vectors, by role. The only importer of sentence-transformers."""
+"""The frozen sentence encoder: text to vectors, by role. The only importer of sentence-transformers, where it is needed."""
 
 import functools
 import hashlib
@@ -18,6 +18,7 @@ import tokenizers
 import torch
 from numpy.typing import NDArray
 
+from index_builder.bert_encoder import Normalize, SentenceBert, open_bert
 from index_builder.openvino_backend import PRECISIONS, Network
 from retro.config import DEFAULT_ENCODER
 from retro.costs import cpu_has_bfloat16
@@ -167,32 +168,14 @@ class Encoder:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # of oneDNN, and of torch on top of it
             os.environ.setdefault(cache, str(SHAPES_KEPT))
-        try:
-            import sentence_transformers
-            import transformers
-        except ImportError as error:
-            raise DependencyError(f"{error.name} is missing: install retro-lm again") from error
-        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         _check_backend(backend, device, dtype)
         source = name if revision else encoder_place(name)
         devices = device.split(",")
-        try:
-            models = [
-                sentence_transformers.SentenceTransformer(
-                    source, revision=revision, device=place, trust_remote_code=trust_remote_code
-                )
-                for place in devices
-            ]
-        except Exception as error:  # the libraries raise nearly everything
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-            if "trust_remote_code" in str(error):
-                raise ConfigError(
-                    f"the encoder {name!r} brings code of its own: read it, and allow it with --trust-remote-code"
-                ) from error
-            raise ConfigError(
-                f"cannot load the encoder {name!r}: {reason}. Give a folder with a "
-                "sentence-transformers model, or a name that the Hugging Face hub knows"
-            ) from error
+        models: list[Any] = [None] if revision or backend != "torch" else [open_bert(Path(source), devices[0])]
+        if models[0] is None:
+            models = _open_models(name, source, revision, devices, trust_remote_code=trust_remote_code)
+        else:
+            models += [open_bert(Path(source), place) for place in devices[1:]]
         if not any(models[0].prompts.values()):
             query_prompt, document_prompt = _family_prompts(source, name, query_prompt, document_prompt)
         for model in models:
@@ -470,6 +453,35 @@ class Encoder:
         return digest.hexdigest()[:16]
 
 
+def _open_models(
+    name: str, source: str, revision: str | None, devices: Sequence[str], *, trust_remote_code: bool
+) -> list[Any]:
+    """A model of sentence-transformers on each device."""
+    try:
+        import sentence_transformers
+        import transformers
+    except ImportError as error:
+        raise DependencyError(f"{error.name} is missing: install retro-lm again") from error
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        return [
+            sentence_transformers.SentenceTransformer(
+                source, revision=revision, device=place, trust_remote_code=trust_remote_code
+            )
+            for place in devices
+        ]
+    except Exception as error:  # the libraries raise nearly everything
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"the encoder {name!r} brings code of its own: read it, and allow it with --trust-remote-code"
+            ) from error
+        raise ConfigError(
+            f"cannot load the encoder {name!r}: {reason}. Give a folder with a "
+            "sentence-transformers model, or a name that the Hugging Face hub knows"
+        ) from error
+
+
 def resolve_dtype(dtype: str, device: str) -> str:
     """`auto` to the type in which a device computes fastest without losing the order of neighbors."""
     if dtype != "auto":
@@ -576,15 +588,20 @@ def _configure(
     model.prompts = prompts
     places = [i for i, module in enumerate(model) if type(module).__name__ == "Normalize"]
     if normalize is True and not places:
-        try:
-            from sentence_transformers.base.modules import Normalize
-        except ImportError:  # before release 6
-            from sentence_transformers.models import Normalize
-
-        model.append(Normalize())
+        model.append(_normalize_for(model))
     elif normalize is False:
         for place in reversed(places):
             del model[place]
+
+
+def _normalize_for(model: Any) -> Any:
+    if isinstance(model, SentenceBert):
+        return Normalize()
+    try:
+        from sentence_transformers.base import modules
+    except ImportError:  # before release 6
+        from sentence_transformers import models as modules
+    return modules.Normalize()
 
 
 _SETTINGS = ("model_type", "hidden_act", "num_attention_heads", "layer_norm_eps", "position_embedding_type")

@@ -1,4 +1,5 @@
-"""A pretrained bidirectional encoder, a BERT of transformers, as the neighbor encoder: reading need not be learned from nothing.
+"""BERT (arXiv:1810.04805), with the names that its weights have in transformers; and one as the neighbor encoder, pretrained, so
+that reading need not be learned from nothing.
 
 The paper's encoder sees H_u, the decoder's activations of the chunk, through a cross-attention that has to be learned. Here H_u
 stands in front of each neighbor, as the first of BERT's two segments, so that its own self-attention compares the two, as it has
@@ -11,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +23,82 @@ _ALIKE = 16
 """Neighbors are read in groups whose lengths differ by less than this many tokens."""
 
 
+class Bert(nn.Module):
+    """transformers' `BertModel` without dropout and pooler, the same but for rounding: importing that one takes seconds, for which
+    somebody with one question would wait.
+    """
+
+    def __init__(self, *, dim: int, ffw_dim: int, num_heads: int, num_layers: int, positions: int, eps: float) -> None:
+        """Makes the weights, which are to be loaded or drawn.
+
+        Args:
+            dim: E.
+            ffw_dim: Between the two matrices of a feed-forward.
+            num_heads: H, a divisor of `dim`.
+            num_layers: Layers.
+            positions: Places that have an embedding.
+            eps: Of the norms.
+        """
+        super().__init__()
+        embeddings: dict[str, nn.Module] = {
+            "position_embeddings": nn.Embedding(positions, dim),
+            "token_type_embeddings": nn.Embedding(2, dim),
+            "LayerNorm": nn.LayerNorm(dim, eps=eps),
+        }
+        self.embeddings = nn.ModuleDict(embeddings)
+        layers = nn.ModuleList(BertLayer(dim, ffw_dim, num_heads, eps) for _ in range(num_layers))
+        self.encoder = nn.ModuleDict({"layer": layers})
+
+    def forward(self, x_BTE: Tensor, keep_BT: Tensor | None, place_BT: Tensor, segment_BT: Tensor) -> Tensor:
+        """The last layer's states [B, T, E].
+
+        Args:
+            x_BTE: Embedded tokens.
+            keep_BT: True where there is one, somewhere in every row; None: everywhere.
+            place_BT: Their places, [B, T] or [1, T].
+            segment_BT: 0 in the first of two texts, 1 in the second; likewise.
+        """
+        embeddings: Any = self.embeddings
+        x_BTE = x_BTE + embeddings["token_type_embeddings"](segment_BT) + embeddings["position_embeddings"](place_BT)
+        x_BTE = embeddings["LayerNorm"](x_BTE)
+        keep_B11T = None if keep_BT is None else keep_BT[:, None, None, :]
+        layers: Any = self.encoder["layer"]
+        for layer in layers:
+            x_BTE = layer(x_BTE, keep_B11T)
+        return x_BTE
+
+
+class BertLayer(nn.Module):
+    """Self-attention and feed-forward, the norm behind each."""
+
+    def __init__(self, dim: int, ffw_dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        projections: dict[str, nn.Module] = {name: nn.Linear(dim, dim) for name in ("query", "key", "value")}
+        self.attention = nn.ModuleDict({"self": nn.ModuleDict(projections), "output": _output(dim, dim, eps)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(dim, ffw_dim)})
+        self.output = _output(ffw_dim, dim, eps)
+
+    def forward(self, x_BTE: Tensor, keep_B11T: Tensor | None) -> Tensor:
+        B, T, _ = x_BTE.shape
+        own: Any = self.attention["self"]
+        q_BHTC, k_BHTC, v_BHTC = (
+            own[name](x_BTE).view(B, T, self.num_heads, -1).transpose(1, 2) for name in ("query", "key", "value")
+        )
+        y_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, attn_mask=keep_B11T)
+        x_BTE = self._added(self.attention["output"], y_BHTC.transpose(1, 2).flatten(2), x_BTE)
+        return self._added(self.output, F.gelu(self.intermediate["dense"](x_BTE)), x_BTE)
+
+    @staticmethod
+    def _added(output: Any, y_BTF: Tensor, x_BTE: Tensor) -> Tensor:
+        added_BTE: Tensor = output["LayerNorm"](output["dense"](y_BTF) + x_BTE)
+        return added_BTE
+
+
+def _output(width: int, dim: int, eps: float) -> nn.ModuleDict:
+    return nn.ModuleDict({"dense": nn.Linear(width, dim), "LayerNorm": nn.LayerNorm(dim, eps=eps)})
+
+
 class BertEncoder(nn.Module):
     """Reads every neighbor behind the decoder's activations of the chunk it was retrieved for.
 
@@ -29,37 +107,27 @@ class BertEncoder(nn.Module):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        """Makes it with random weights of transformers; see `initialize` and `retro.pretrained_encoder.load_encoder`."""
+        """Makes it with random weights; see `initialize` and `retro.pretrained_encoder.load_encoder`."""
         super().__init__()
-        from transformers import BertConfig, BertModel
-
         self.config = config
         self.checkpointing = False
         self.grouped = True
         """Read neighbors of about the same length together. False: all at once, so that ranks call the layers equally often."""
-        bert: Any = BertModel(
-            BertConfig(
-                vocab_size=1,
-                pad_token_id=0,
-                hidden_size=config.encoder_dim,
-                num_hidden_layers=config.encoder_layers,
-                num_attention_heads=config.encoder_heads,
-                intermediate_size=config.encoder_ffw_dim,
-                max_position_embeddings=BERT_POSITIONS,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-            ),
-            add_pooling_layer=False,
+        self.bert = Bert(
+            dim=config.encoder_dim,
+            ffw_dim=config.encoder_ffw_dim,
+            num_heads=config.encoder_heads,
+            num_layers=config.encoder_layers,
+            positions=BERT_POSITIONS,
+            eps=1e-12,
         )
-        bert.embeddings.word_embeddings = None  # embedded tokens are given
-        self.bert = bert
         self.norm = nn.RMSNorm(config.encoder_dim, eps=config.norm_eps)
         self.token_norm = nn.RMSNorm(config.encoder_dim, eps=config.norm_eps)
 
     @property
     def layers(self) -> Any:
         """BERT's."""
-        return self.bert.encoder.layer
+        return self.bert.encoder["layer"]
 
     def initialize(self, generator: torch.Generator) -> None:
         """Draws all weights as BERT's were: normal with deviation 0.02, biases 0, norms 1."""
@@ -127,14 +195,14 @@ class BertEncoder(nn.Module):
         there_GT = there_GU.gather(1, from_GT) & (behind_GT < length_G[:, None])
         nothing_G1 = ~there_GT.any(dim=1, keepdim=True)
         there_GT = there_GT | (nothing_G1 & (place_T == 0))  # attention to nothing has no gradient
-        read = self.bert(
+        last_GTE = self.bert(
             # An embedding is scaled, see model.Embedding; BERT's own are not.
-            inputs_embeds=both_GUE.gather(1, from_GT[..., None].expand(G, T, E)) / math.sqrt(E),
-            attention_mask=there_GT.long(),
-            position_ids=torch.where(second_GT, self.config.chunk_len + behind_GT.clamp(0, R - 1), place_T),
-            token_type_ids=second_GT.long(),
+            both_GUE.gather(1, from_GT[..., None].expand(G, T, E)) / math.sqrt(E),
+            there_GT,
+            torch.where(second_GT, self.config.chunk_len + behind_GT.clamp(0, R - 1), place_T),
+            second_GT.long(),
         )
         back_GR = (size_G[:, None] + torch.arange(R, device=x_GRE.device)).clamp(max=T - 1)
-        last_GRE = read.last_hidden_state.gather(1, back_GR[..., None].expand(G, R, E))
+        last_GRE = last_GTE.gather(1, back_GR[..., None].expand(G, R, E))
         encoded_GRE: Tensor = self.norm(last_GRE) + self.token_norm(x_GRE)
         return encoded_GRE.masked_fill(~keep_GR[..., None], 0.0)

@@ -181,7 +181,7 @@ def fed(encoder: Encoder, texts: list[str], role: Role) -> list[str]:
             encoder.encode([text], role)
     finally:
         handle.remove()
-    return [str(encoder._model.tokenizer.decode(each, skip_special_tokens=True)) for each in ids]
+    return [encoder._model.tokenizer.backend_tokenizer.decode(each, skip_special_tokens=True) for each in ids]
 
 
 @pytest.mark.parametrize("role", ["document", "query"])
@@ -194,6 +194,116 @@ def test_vectors_are_those_of_sentence_transformers(tiny: Encoder, prompted: Enc
         assert vectors_QX.shape == (len(TEXTS), 32)
         # There texts are padded to one length: other sums, of numbers up to 2 where they are not normalized.
         np.testing.assert_allclose(vectors_QX, expected, rtol=0, atol=1e-6 if encoder.normalized else 1e-5)
+
+
+# Without sentence-transformers
+
+
+def variant(folder: Path, **changes: dict[str, Any]) -> Path:
+    """Changes entries of files of an encoder; a file's name has __ for a slash and _json for its end."""
+    for name, entries in changes.items():
+        path = folder / name.replace("__", "/").replace("_json", ".json")
+        settings = json.loads(path.read_bytes()) if path.is_file() else {}
+        path.write_text(json.dumps({key: value for key, value in (settings | entries).items() if value is not ...}))
+    return folder
+
+
+CLS = {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}
+ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "mean": ({}, {}),
+    "cls": ({}, {"_Pooling__config_json": CLS}),
+    "not normalized, with prompts": ({"normalize": False, "prompts": {"query": "q: ", "document": "d: "}}, {}),
+    "named pooling": ({}, {"_Pooling__config_json": {"pooling_mode": "mean", "pooling_mode_mean_tokens": ...}}),
+    "another eps": ({}, {"config_json": {"layer_norm_eps": 1e-5}}),
+    "positions unsaid": ({}, {"config_json": {"position_embedding_type": ...}}),
+    "one head": ({"num_heads": 1}, {}),
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "max pooling": {"_Pooling__config_json": {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}},
+    "two poolings": {"_Pooling__config_json": {"pooling_mode_cls_token": True}},
+    "prompt left out": {"_Pooling__config_json": {"include_prompt": False}},
+    "relu": {"config_json": {"hidden_act": "relu"}},
+    "decoder": {"config_json": {"is_decoder": True}},
+    "small letters": {"sentence_bert_config_json": {"do_lower_case": True}},
+    "no length": {"sentence_bert_config_json": {"max_seq_length": None}},
+    "a setting that is not known": {"sentence_bert_config_json": {"model_args": {}}},
+    "a default prompt": {"config_sentence_transformers_json": {"prompts": {"x": "y"}, "default_prompt_name": "x"}},
+    "shortened vectors": {"config_sentence_transformers_json": {"truncate_dim": 16}},
+    "another tokenizer": {"tokenizer_config_json": {"tokenizer_class": "RobertaTokenizerFast"}},
+    "cut on the left": {"tokenizer_config_json": {"truncation_side": "left"}},
+    "other letters": {"tokenizer_config_json": {"do_lower_case": False}},
+}
+
+
+def renamed(changes: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace("_Pooling", "1_Pooling", 1): entries for name, entries in changes.items()}
+
+
+@pytest.mark.parametrize("name", [*ALIKE, "default"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bert_gives_what_it_gives_in_sentence_transformers(
+    name: str, dtype: str, make_encoder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = DEFAULT_ENCODER
+    if name != "default":
+        made, changes = ALIKE[name]
+        source = str(variant(make_encoder(tmp_path / "bert", **made), **renamed(changes)))
+    own = Encoder.open(source, dtype=dtype)
+    assert isinstance(own._model, SentenceBert)
+    monkeypatch.setattr("index_builder.encoder.open_bert", lambda *_: None)
+    theirs = Encoder.open(source, dtype=dtype)
+    assert not isinstance(theirs._model, SentenceBert)
+    assert own.description() == theirs.description()
+    assert own.tokenizer().fingerprint == theirs.tokenizer().fingerprint
+    assert own.is_shareable
+    texts = [*TEXTS, "", "a [SEP] b", "word " * 400]
+    for role in ("document", "query"):
+        vectors_QX, cut = own.encode_counted(texts, role)
+        expected_QX, expected_cut = theirs.encode_counted(texts, role)
+        assert cut == expected_cut
+        scale = float(np.abs(expected_QX).max())
+        np.testing.assert_allclose(vectors_QX, expected_QX, rtol=0, atol=scale * (1e-6 if dtype == "float32" else 2e-2))
+    for options in ({"normalize": True, "max_length": 10}, {"normalize": False, "query_prompt": "ask: "}):
+        monkeypatch.undo()
+        own = Encoder.open(source, dtype=dtype, **options)
+        monkeypatch.setattr("index_builder.encoder.open_bert", lambda *_: None)
+        assert own.description() == Encoder.open(source, dtype=dtype, **options).description()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_something_else_is_left_to_sentence_transformers(
+    name: str, make_encoder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_encoder(tmp_path / "bert")
+    assert open_bert(folder, "cpu") is not None
+    assert open_bert(variant(folder, **renamed(OTHERS[name])), "cpu") is None
+
+
+def test_an_encoder_with_other_weights_or_modules_is_left_to_sentence_transformers(
+    make_encoder: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert open_bert(with_dense(make_encoder(tmp_path / "dense")), "cpu") is None
+    assert open_bert(decoder(make_encoder(tmp_path / "decoder")), "cpu") is None
+    assert open_bert(tmp_path / "none", "cpu") is None
+    folder = make_encoder(tmp_path / "bert")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    safetensors.torch.save_file(weights | {"more": torch.zeros(1)}, folder / "model.safetensors")
+    assert open_bert(folder, "cpu") is None
+    (folder / "model.safetensors").write_bytes(b"x")
+    assert open_bert(folder, "cpu") is None
+    with pytest.raises(ConfigError, match="cannot load the encoder"):
+        Encoder.open(str(folder))
+
+
+def test_the_default_encoder_needs_no_library_that_is_slow_to_import() -> None:
+    program = """
+import sys
+from index_builder.encoder import Encoder
+assert Encoder.open().encode(["oil"], "query").shape == (1, 384)
+print([name for name in ("transformers", "sentence_transformers", "sklearn", "scipy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_vectors_are_the_mean_of_the_hidden_states(tiny: Encoder, prompted: Encoder) -> None:
@@ -520,8 +630,7 @@ def test_padding_to_multiples_of_eight_as_on_a_gpu_changes_nothing_but_rounding(
 
 def test_texts_are_tokenized_once(tiny: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     want = tiny.encode(TEXTS, "document")
-    monkeypatch.delattr(type(tiny._model), "encode")
-    monkeypatch.setattr(type(tiny._model[0]), "preprocess", None)
+    monkeypatch.setattr(type(tiny._model), "preprocess", None)
     np.testing.assert_array_equal(tiny.encode(TEXTS, "document"), want)
 
 

@@ -1,0 +1,247 @@
+"""Sentence encoders that are a BERT and a pooling, as the default one and most small ones are, without sentence-transformers.
+
+Importing that takes seconds, for which everybody would wait who asks one question. Whatever a folder says that is not understood
+here, down to an unknown key, leaves it to sentence-transformers.
+
+Letters: B texts of a batch, T tokens of each, E width of the network, X of a vector.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from retro.bert import Bert
+
+_KINDS = ("Transformer", "Pooling", "Normalize")
+_POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+_TOKENIZERS = ("BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
+_DEFAULTS = {
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "position_embedding_type": "absolute",
+}
+"""What transformers takes where a configuration does not say it."""
+
+
+class Transformer(nn.Module):
+    """Token ids to states."""
+
+    def __init__(self, model: Bert, config: SimpleNamespace, tokenizer: SimpleNamespace) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self._config = config
+
+    @property
+    def auto_model(self) -> Any:
+        """What has the `config` of transformers."""
+        return SimpleNamespace(config=self._config)
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        ids_BT, keep_BT = features["input_ids"], features["attention_mask"].bool()
+        embeddings: Any = self.model.embeddings
+        place_1T = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+        segment_BT = features.get("token_type_ids")
+        states_BTE = self.model(
+            embeddings["word_embeddings"](ids_BT),
+            None if bool(keep_BT.all()) else keep_BT,
+            place_1T,
+            torch.zeros_like(place_1T) if segment_BT is None else segment_BT,
+        )
+        return {**features, "token_embeddings": states_BTE}
+
+
+class Pooling(nn.Module):
+    """States to one vector a text: their mean, or the first."""
+
+    include_prompt = True
+
+    def __init__(self, pooling_mode: str) -> None:
+        super().__init__()
+        self.pooling_mode = pooling_mode
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        states_BTE: Tensor = features["token_embeddings"]
+        if self.pooling_mode == "cls":
+            vectors_BX = states_BTE[:, 0]
+        else:
+            keep_BT1 = features["attention_mask"][..., None].to(states_BTE.dtype)
+            vectors_BX = (states_BTE * keep_BT1).sum(dim=1) / keep_BT1.sum(dim=1).clamp(min=1e-9)
+        return {**features, "sentence_embedding": vectors_BX}
+
+
+class Normalize(nn.Module):
+    """Vectors to length 1."""
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        return {**features, "sentence_embedding": F.normalize(features["sentence_embedding"], p=2, dim=1)}
+
+
+class SentenceBert(nn.Sequential):
+    """What `index_builder.encoder.Encoder` uses of a SentenceTransformer, whose names its attributes have."""
+
+    truncate_dim: None = None
+
+    def __init__(
+        self,
+        modules: list[nn.Module],
+        prompts: dict[str, str],
+        max_seq_length: int,
+        dim: int,
+    ) -> None:
+        super().__init__(*modules)
+        self.prompts, self.max_seq_length = prompts, max_seq_length
+        self._dim = dim
+
+    @property
+    def tokenizer(self) -> Any:
+        """With `backend_tokenizer` and `pad_token_id`."""
+        return self[0].tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.parameters()).device
+
+    def get_embedding_dimension(self) -> int:
+        """X."""
+        return self._dim
+
+    def preprocess(self, texts: list[str], *, prompt: str = "", **_: Any) -> dict[str, Any]:
+        """Tokens of one text, as a batch."""
+        backend = tokenizers.Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.enable_truncation(self.max_seq_length)
+        (encoding,) = backend.encode_batch([prompt + text for text in texts])
+        made = {
+            "input_ids": encoding.ids,
+            "attention_mask": encoding.attention_mask,
+            "token_type_ids": encoding.type_ids,
+        }
+        return {name: torch.tensor([values]) for name, values in made.items()}
+
+    def forward(self, input: Any, **_: Any) -> Any:
+        for module in self:
+            input = module(input)
+        return input
+
+
+def open_bert(folder: Path, device: str) -> SentenceBert | None:
+    """Opens the encoder in a folder of sentence-transformers; None where it is, or may be, something else than described above."""
+    try:
+        return _opened(folder, device)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        return None  # whatever is wrong, sentence-transformers says it
+
+
+def _opened(folder: Path, device: str) -> SentenceBert | None:
+    modules, config = _json(folder / "modules.json"), _DEFAULTS | _json(folder / "config.json")
+    kinds = tuple(module["type"].split(".")[-1] for module in modules)
+    if kinds not in (_KINDS[:2], _KINDS) or any(
+        not module["type"].startswith("sentence_transformers.") or module.keys() - {"idx", "name", "path", "type"}
+        for module in modules
+    ):
+        return None
+    reading, own = _json(folder / "sentence_bert_config.json"), _json(folder / "config_sentence_transformers.json", {})
+    pooling, tokenizing = _json(folder / modules[1]["path"] / "config.json"), _json(folder / "tokenizer_config.json")
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    mode = _pooling_mode(pooling)
+    understood = (
+        modules[0]["path"] == ""
+        and config["model_type"] == "bert"
+        and (config["hidden_act"], config["position_embedding_type"]) == ("gelu", "absolute")
+        and config["type_vocab_size"] == 2
+        and not any(config.get(key) for key in ("is_decoder", "add_cross_attention", "auto_map", "quantization_config"))
+        and reading.keys() <= {"max_seq_length", "do_lower_case"}
+        and not reading.get("do_lower_case")
+        and isinstance(reading["max_seq_length"], int)
+        and 3 <= reading["max_seq_length"] <= config["max_position_embeddings"]
+        and own.keys()
+        <= {"__version__", "model_type", "prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim"}
+        and own.get("default_prompt_name") is None
+        and own.get("truncate_dim") is None
+        and mode is not None
+        and _tokenizes_alike(tokenizing, json.loads(backend.to_str()))
+    )
+    if not understood:
+        return None
+    prompts = {"query": "", "document": ""} | {key: str(value) for key, value in (own.get("prompts") or {}).items()}
+    model = _network(config, folder / "model.safetensors", device)
+    if model is None or mode is None:
+        return None
+    known = {"model_type", "hidden_act", "num_attention_heads", "layer_norm_eps"}
+    known |= {"position_embedding_type", "max_position_embeddings"}
+    pad = tokenizing.get("pad_token")
+    pad_id = backend.token_to_id(pad["content"] if isinstance(pad, dict) else pad) if pad is not None else None
+    tokenizer = SimpleNamespace(backend_tokenizer=backend, pad_token_id=pad_id)
+    shape = SimpleNamespace(**{key: config[key] for key in known})
+    parts: list[nn.Module] = [Transformer(model, shape, tokenizer), Pooling(mode)]
+    if len(kinds) == 3:
+        parts.append(Normalize())
+    return SentenceBert(parts, prompts, reading["max_seq_length"], config["hidden_size"])
+
+
+def _json(path: Path, missing: Any = None) -> Any:
+    if missing is not None and not path.is_file():
+        return missing
+    return json.loads(path.read_bytes())
+
+
+def _pooling_mode(pooling: dict[str, Any]) -> str | None:
+    """The one pooling that is wanted, if it is one of those here; a width that it states is the network's."""
+    if not pooling.get("include_prompt", True):
+        return None
+    if "pooling_mode" in pooling:
+        mode = pooling["pooling_mode"]
+        return mode if mode in _POOLINGS.values() else None
+    wanted = [key for key, value in pooling.items() if key.startswith("pooling_mode_") and value]
+    return _POOLINGS.get(wanted[0]) if len(wanted) == 1 else None
+
+
+def _tokenizes_alike(settings: dict[str, Any], backend: dict[str, Any]) -> bool:
+    """Whether transformers' tokenizer would be the one of `tokenizer.json` as it is."""
+    normalizer = backend.get("normalizer") or {}
+    same = {
+        "do_lower_case": "lowercase",
+        "strip_accents": "strip_accents",
+        "tokenize_chinese_chars": "handle_chinese_chars",
+    }
+    return (
+        settings.get("tokenizer_class") in _TOKENIZERS
+        and settings.get("truncation_side", "right") == "right"
+        and not settings.get("split_special_tokens")
+        and not settings.get("auto_map")
+        and all(normalizer.get(theirs) == settings[own] for own, theirs in same.items() if own in settings)
+    )
+
+
+def _network(config: dict[str, Any], weights: Path, device: str) -> Bert | None:
+    """The network with its weights; None where the file holds more or less."""
+    dim = config["hidden_size"]
+    with torch.device("meta"):
+        model = Bert(
+            dim=dim,
+            ffw_dim=config["intermediate_size"],
+            num_heads=config["num_attention_heads"],
+            num_layers=config["num_hidden_layers"],
+            positions=config["max_position_embeddings"],
+            eps=config["layer_norm_eps"],
+        )
+        model.embeddings["word_embeddings"] = nn.Embedding(config["vocab_size"], dim)
+        model.pooler = nn.ModuleDict({"dense": nn.Linear(dim, dim)})  # unused; a part of what is published
+    state, wanted = load_file(weights, device=device), model.state_dict()
+    state.pop("embeddings.position_ids", None)  # places in their order, in older files
+    if state.keys() != wanted.keys() or any(state[name].shape != tensor.shape for name, tensor in wanted.items()):
+        return None
+    model.load_state_dict(state, assign=True)
+    return model
