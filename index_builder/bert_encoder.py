@@ -145,7 +145,8 @@ def open_bert(folder: Path, device: str) -> SentenceBert | None:
 
 
 def _opened(folder: Path, device: str) -> SentenceBert | None:
-    modules, config = _json(folder / "modules.json"), _DEFAULTS | _json(folder / "config.json")
+    modules, said = _json(folder / "modules.json"), _json(folder / "config.json")
+    config = _DEFAULTS | said
     kinds = tuple(module["type"].split(".")[-1] for module in modules)
     if kinds not in (_KINDS[:2], _KINDS) or any(
         not module["type"].startswith("sentence_transformers.") or module.keys() - {"idx", "name", "path", "type"}
@@ -179,12 +180,12 @@ def _opened(folder: Path, device: str) -> SentenceBert | None:
     model = _network(config, folder / "model.safetensors", device)
     if model is None or mode is None:
         return None
-    known = {"model_type", "hidden_act", "num_attention_heads", "layer_norm_eps"}
-    known |= {"position_embedding_type", "max_position_embeddings"}
+    known = ("model_type", "hidden_act", "num_attention_heads", "layer_norm_eps", "max_position_embeddings")
     pad = tokenizing.get("pad_token")
     pad_id = backend.token_to_id(pad["content"] if isinstance(pad, dict) else pad) if pad is not None else None
     tokenizer = SimpleNamespace(backend_tokenizer=backend, pad_token_id=pad_id)
     shape = SimpleNamespace(**{key: config[key] for key in known})
+    shape.position_embedding_type = said.get("position_embedding_type")
     parts: list[nn.Module] = [Transformer(model, shape, tokenizer), Pooling(mode)]
     if len(kinds) == 3:
         parts.append(Normalize())
@@ -211,6 +212,8 @@ def _pooling_mode(pooling: dict[str, Any]) -> str | None:
 def _tokenizes_alike(settings: dict[str, Any], backend: dict[str, Any]) -> bool:
     """Whether transformers' tokenizer would be the one of `tokenizer.json` as it is."""
     normalizer = backend.get("normalizer") or {}
+    named = [settings[key] for key in settings if key.endswith("_token")]
+    special = {token["content"] for token in backend["added_tokens"] if token["special"]}  # others would be added
     same = {
         "do_lower_case": "lowercase",
         "strip_accents": "strip_accents",
@@ -220,7 +223,8 @@ def _tokenizes_alike(settings: dict[str, Any], backend: dict[str, Any]) -> bool:
         settings.get("tokenizer_class") in _TOKENIZERS
         and settings.get("truncation_side", "right") == "right"
         and not settings.get("split_special_tokens")
-        and not settings.get("auto_map")
+        and not any(settings.get(key) for key in ("auto_map", "additional_special_tokens", "extra_special_tokens"))
+        and all((token["content"] if isinstance(token, dict) else token) in special for token in named if token)
         and all(normalizer.get(theirs) == settings[own] for own, theirs in same.items() if own in settings)
     )
 

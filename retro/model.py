@@ -116,8 +116,19 @@ class EncoderLayer(nn.Module):
         self.ffw_norm = nn.RMSNorm(dim, eps=config.norm_eps)
         self.ffw = FeedForward(dim, config.encoder_ffw_dim)
 
-    def forward(self, x_PRE: Tensor, own: Places, keep_PR: Tensor, hidden_NMD: Tensor, keep_NM: Tensor) -> Tensor:
-        """One layer; P = N * K neighbors, those of a chunk one after the other, whose tokens stand at `own` places."""
+    def forward(
+        self,
+        x_PRE: Tensor,
+        own: Places,
+        keep_PR: Tensor,
+        hidden_NMD: Tensor,
+        keep_NM: Tensor,
+        kept_I: Tensor | None = None,
+    ) -> Tensor:
+        """One layer; P = N * K neighbors, those of a chunk one after the other, whose tokens stand at `own` places.
+
+        `kept_I` are the places of P * R that hold a token, where the others, which nobody reads, are not to be computed.
+        """
         P, R, E = x_PRE.shape
         N, M, _ = hidden_NMD.shape
         normed_PRE = self.attention_norm(x_PRE)
@@ -134,8 +145,12 @@ class EncoderLayer(nn.Module):
             bias = self.cross.bias(q_NHSC, at, context)
             y_NHSC = attend(q_NHSC, k_NHMC, v_NHMC, keep_NM[:, None, None, :], bias)
             x_PRE = x_PRE + self.cross.merge(y_NHSC).view(P, R, E)
-        y_PRE: Tensor = self.ffw(self.ffw_norm(x_PRE))
-        return x_PRE + y_PRE
+        if kept_I is None:
+            y_PRE: Tensor = self.ffw(self.ffw_norm(x_PRE))
+            return x_PRE + y_PRE
+        x_UE = x_PRE.flatten(0, 1)
+        x_IE = x_UE[kept_I]
+        return x_UE.index_copy(0, kept_I, x_IE + self.ffw(self.ffw_norm(x_IE))).view(P, R, E)
 
 
 class NeighborEncoder(nn.Module):
@@ -173,8 +188,11 @@ class NeighborEncoder(nn.Module):
         first = self.layers[0]
         assert isinstance(first, EncoderLayer)
         own = Places.range(0, R, first.attention, x_PRE)
+        kept_I = None
+        if x_PRE.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            kept_I = keep_PR.flatten().nonzero()[:, 0]
         for layer in self.layers:
-            x_PRE = _run(layer, self.checkpointing, x_PRE, own, keep_PR, hidden_NMD, keep_NM)
+            x_PRE = _run(layer, self.checkpointing, x_PRE, own, keep_PR, hidden_NMD, keep_NM, kept_I)
         encoded_PRE: Tensor = self.norm(x_PRE).masked_fill(~keep_PR[..., None], 0.0)
         return encoded_PRE.view(N, K, R, E)
 
@@ -314,13 +332,14 @@ class Retro(nn.Module):
         return F.linear(hidden_BTD, table_VD)
 
     def lay_out_for_decoding(self) -> "Retro":
-        """Stores every matrix so that its product with one row reads memory in order: on a CPU, decoding is bound by that.
+        """Stores every matrix with its longer side in one piece, whose product with one row is up to twice as fast: on a CPU,
+        decoding is bound by that.
 
         Values, names and shapes stay as they are; batches are as fast as before. The output table, which is looked up by rows too,
         gets a copy, as large again. Not for a network that is to be trained on: optimizers want weights and moments alike.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module.out_features >= module.in_features:
                 module.weight.data = module.weight.data.t().contiguous().t()
         table_VD = self.embedding.weight if self.head is None else self.head.weight
         self._head = table_VD._version, table_VD.detach().t().contiguous().t()

@@ -69,6 +69,7 @@ def word_pieces(paragraphs: list[dict[str, Any]]) -> str:
     backend = tokenizers.Tokenizer(
         tokenizers.models.WordPiece({piece: number for number, piece in enumerate(vocab)}, unk_token="[UNK]")
     )
+    backend.add_special_tokens(special)
     backend.normalizer = normalizer
     backend.pre_tokenizer = pre_tokenizer
     backend.decoder = tokenizers.decoders.WordPiece()

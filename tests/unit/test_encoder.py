@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from index_builder.bert_encoder import SentenceBert, open_bert
 from index_builder.encoder import NO_LIMIT, SLICE_TEXTS, Encoder, resolve_dtype
+from retro.config import DEFAULT_ENCODER
 from retro.errors import ConfigError, DependencyError, MismatchError
 from retro.generate import Role
 from retro.pretrained_encoder import DEFAULT_WEIGHTS_SHA256
