@@ -10,13 +10,31 @@ import json
 import lzma
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from eval.retrieval import measure_answer_recall
 from index_builder.build import build_index
 from index_builder.search import IndexRetriever
+from retro.chunks import Passage
 from retro.demo import CORPUS, QUESTIONS, examples_folder
+from retro.generate import Role
+
+
+class Ranking:
+    """Chunks as they are ranked, those that continue better ones as well."""
+
+    def __init__(self, retriever: IndexRetriever) -> None:
+        self.retriever = retriever
+
+    def retrieve(
+        self, queries: Sequence[str], k: int, *, role: Role = "document", **other: object
+    ) -> list[list[Passage]]:
+        now = self.retriever.snapshot()
+        assert not any(other.values())
+        _, rows_QK = self.retriever.find(queries, k, role=role, excluded_QG=None, keep_N=None, snapshot=now)
+        return [[now.store.passage(row) for row in rows] for rows in rows_QK.tolist()]
 
 
 def main() -> None:
@@ -33,7 +51,7 @@ def main() -> None:
         rows = [json.loads(line) for line in file][:: arguments.every]
     started = time.perf_counter()
     recall = measure_answer_recall(
-        retriever,
+        Ranking(retriever),
         [row["question"] for row in rows],
         [row["answers"] for row in rows],
         progress=lambda done, total: print(f"\r{done:,} of {total:,}", end="", file=sys.stderr),

@@ -23,7 +23,7 @@ from eval.judgments import judged_documents
 from eval.metrics import exact_match, first_with_answer, token_f1
 from eval.questions import Question
 from index_builder.build import open_vectors
-from index_builder.search import IndexRetriever, merged_passages
+from index_builder.search import IndexRetriever, distinct_passages
 from index_builder.shards import Progress
 from retro.answer import Answer
 from retro.artifact import fingerprint, storage_error, write_json
@@ -98,7 +98,7 @@ class Found:
             retriever: Where and how.
             questions: At least one.
             num_neighbors: Passages that are read; `DEPTH` at least are looked up where there are as many, and twice as many hits,
-                as those beside each other are one passage.
+                as some of them continue others.
             seed: Of whose passages a question gets when they are shuffled.
             progress: Told how far it is.
 
@@ -140,13 +140,13 @@ class Found:
 
     def passages(self, question: int, k: int) -> Passages:
         """The k best ones of a question, best first."""
-        return merged_passages(self.store, self._rows_QK[question], self._scores_QK[question], k)
+        return distinct_passages(self.store, self._rows_QK[question], self._scores_QK[question], k)
 
     def shuffled(self, question: int) -> Passages:
         """Those of another question: none of the question's own, and none that has text in common with one of them."""
-        own = _rows_of(self.passages(question, self.num_read))
+        own = np.array([passage.row for passage in self.passages(question, self.num_read)], np.int64)
         given = self.passages(int(self.other_Q[question]), self.num_read)
-        return [passage for passage in given if not _near(own, _rows_of([passage]))]
+        return [passage for passage in given if not _near(own, np.array([passage.row]))]
 
 
 def others(rows_QK: Rows, seed: int) -> Rows:
@@ -171,11 +171,6 @@ def others(rows_QK: Rows, seed: int) -> Rows:
             if shared == 0:
                 break
     return other_Q
-
-
-def _rows_of(passages: Passages) -> Rows:
-    """Of the chunks that passages begin with, and of the next ones, which some were merged with."""
-    return np.array([row for passage in passages for row in (passage.row, passage.row + 1)], np.int64)
 
 
 def _near(rows: Rows, others: Rows) -> int:

@@ -27,6 +27,9 @@ from retro.prompted import PromptedModel
 from retro.threshold import ANSWERS
 from retro.tokenizer import Tokenizer
 
+VERSION = 2
+"""Of what is asked of the same index and questions: an interrupted evaluation of another version does not go on."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompted:
@@ -205,6 +208,7 @@ def _identity(
     configuration: dict[str, Any] = asdict(config)
     del configuration["batch_size"]
     configuration |= {
+        "version": VERSION,
         "modes": list(config.modes),
         "questions": dict(Counter(question.data_set for question in asked)),
         "index": retriever and str(retriever.folder),

@@ -1,12 +1,13 @@
 """Sentence encoders that are a BERT and a pooling, as the default one and most small ones are, without sentence-transformers.
 
-Importing that takes seconds, for which everybody would wait who asks one question. Whatever a folder says that is not understood
-here, down to an unknown key, leaves it to sentence-transformers.
+Importing that takes seconds, for which everybody would wait who asks one question. A folder that says anything else than what is
+understood here is left to sentence-transformers.
 
 Letters: B texts of a batch, T tokens of each, E width of the network, X of a vector.
 """
 
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,15 +15,19 @@ from typing import Any
 import tokenizers
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from retro.bert import Bert
 
+logger = logging.getLogger(__name__)
 _KINDS = ("Transformer", "Pooling", "Normalize")
 _POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
-_TOKENIZERS = ("BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
+_NORMALIZING = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
+_POOLING_KEYS = {"word_embedding_dimension", "embedding_dimension", "pooling_mode", "include_prompt"}
+_BERT_TOKENIZERS = ("BertTokenizer", "BertTokenizerFast")
+"""transformers makes these anew out of the settings; the others are what `tokenizer.json` says."""
+_TOKENIZERS = (*_BERT_TOKENIZERS, "PreTrainedTokenizerFast", "TokenizersBackend")
 _DEFAULTS = {
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-12,
@@ -140,8 +145,9 @@ def open_bert(folder: Path, device: str) -> SentenceBert | None:
     """Opens the encoder in a folder of sentence-transformers; None where it is, or may be, something else than described above."""
     try:
         return _opened(folder, device)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
-        return None  # whatever is wrong, sentence-transformers says it
+    except Exception as error:  # the libraries raise nearly everything; what is wrong, sentence-transformers says
+        logger.debug("%s: %s", folder, error)
+        return None
 
 
 def _opened(folder: Path, device: str) -> SentenceBert | None:
@@ -172,7 +178,10 @@ def _opened(folder: Path, device: str) -> SentenceBert | None:
         and own.get("default_prompt_name") is None
         and own.get("truncate_dim") is None
         and mode is not None
-        and _tokenizes_alike(tokenizing, json.loads(backend.to_str()))
+        and not (folder / "adapter_config.json").exists()
+        and (len(kinds) < 3 or _json(folder / modules[2]["path"] / "config.json", {}).items() <= _NORMALIZING.items())
+        and not _json(folder / "added_tokens.json", {})
+        and _tokenizes_alike(tokenizing | _json(folder / "special_tokens_map.json", {}), backend)
     )
     if not understood:
         return None
@@ -200,7 +209,8 @@ def _json(path: Path, missing: Any = None) -> Any:
 
 def _pooling_mode(pooling: dict[str, Any]) -> str | None:
     """The one pooling that is wanted, if it is one of those here; a width that it states is the network's."""
-    if not pooling.get("include_prompt", True):
+    flags = {key for key in pooling if key.startswith("pooling_mode_")}
+    if not pooling.get("include_prompt", True) or pooling.keys() - flags - _POOLING_KEYS:
         return None
     if "pooling_mode" in pooling:
         mode = pooling["pooling_mode"]
@@ -209,23 +219,42 @@ def _pooling_mode(pooling: dict[str, Any]) -> str | None:
     return _POOLINGS.get(wanted[0]) if len(wanted) == 1 else None
 
 
-def _tokenizes_alike(settings: dict[str, Any], backend: dict[str, Any]) -> bool:
+def _tokenizes_alike(settings: dict[str, Any], backend: tokenizers.Tokenizer) -> bool:
     """Whether transformers' tokenizer would be the one of `tokenizer.json` as it is."""
-    normalizer = backend.get("normalizer") or {}
+    content = json.loads(backend.to_str())
+    known = {token["content"]: token["special"] for token in content["added_tokens"]}  # others would be added
     named = [settings[key] for key in settings if key.endswith("_token")]
-    special = {token["content"] for token in backend["added_tokens"] if token["special"]}  # others would be added
-    same = {
-        "do_lower_case": "lowercase",
-        "strip_accents": "strip_accents",
-        "tokenize_chinese_chars": "handle_chinese_chars",
-    }
+    special = [token["content"] if isinstance(token, dict) else token for token in named if token]
+    added = [token["content"] for token in (settings.get("added_tokens_decoder") or {}).values()]
     return (
         settings.get("tokenizer_class") in _TOKENIZERS
         and settings.get("truncation_side", "right") == "right"
         and not settings.get("split_special_tokens")
         and not any(settings.get(key) for key in ("auto_map", "additional_special_tokens", "extra_special_tokens"))
-        and all((token["content"] if isinstance(token, dict) else token) in special for token in named if token)
-        and all(normalizer.get(theirs) == settings[own] for own, theirs in same.items() if own in settings)
+        and all(known.get(token) for token in special)
+        and all(token in known for token in added)
+        and (settings["tokenizer_class"] not in _BERT_TOKENIZERS or _is_bert(settings, content, backend))
+    )
+
+
+def _is_bert(settings: dict[str, Any], content: dict[str, Any], backend: tokenizers.Tokenizer) -> bool:
+    """Whether a tokenizer is what transformers makes of such settings."""
+    unpadded = tokenizers.Tokenizer.from_str(backend.to_str())
+    unpadded.no_padding()
+    ids = unpadded.encode("a").ids
+    return (
+        content["normalizer"]
+        == {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": settings.get("tokenize_chinese_chars", True),
+            "strip_accents": settings.get("strip_accents"),
+            "lowercase": settings.get("do_lower_case", True),
+        }
+        and content["pre_tokenizer"] == {"type": "BertPreTokenizer"}
+        and content["model"]["type"] == "WordPiece"
+        and len(ids) == 3
+        and (ids[0], ids[2]) == (backend.token_to_id("[CLS]"), backend.token_to_id("[SEP]"))
     )
 
 
@@ -244,6 +273,9 @@ def _network(config: dict[str, Any], weights: Path, device: str) -> Bert | None:
         model.embeddings["word_embeddings"] = nn.Embedding(config["vocab_size"], dim)
         model.pooler = nn.ModuleDict({"dense": nn.Linear(dim, dim)})  # unused; a part of what is published
     state, wanted = load_file(weights, device=device), model.state_dict()
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    if dtype is not None and any(str(tensor.dtype) != f"torch.{dtype}" for tensor in state.values()):
+        return None  # transformers would turn them into what is said
     state.pop("embeddings.position_ids", None)  # places in their order, in older files
     if state.keys() != wanted.keys() or any(state[name].shape != tensor.shape for name, tensor in wanted.items()):
         return None

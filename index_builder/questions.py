@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from index_builder.corpus import describe_corpora
+from index_builder.filters import Filter
 from index_builder.formats import File, parse_filename, records
 from index_builder.search import IndexRetriever
 from index_builder.shards import Progress
@@ -30,6 +32,8 @@ MAX_LINE = 1 << 26
 BLOCK = 1024
 """Questions whose passages are looked up together and kept in one file."""
 PARTS = "parts"
+VERSION = 2
+"""Of what is made of the same records: an interrupted run of another version does not go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +114,7 @@ def build_questions(
     """
     chat = chat or ChatFormat.of(None, tokenizer)
     recipe = {
+        "version": VERSION,
         "questions": describe_corpora(files),
         "index": retriever.fingerprint,
         "retriever": retriever.method,
@@ -137,30 +142,40 @@ def _find(
     corpora = (
         {key.partition(":")[0] for _, key in retriever.store.numbered_keys()} if any(a.gold for a in asked) else set()
     )
+    condition = None if config.where is None else Filter.parse(config.where)
+    if retriever.where is not None:
+        condition = retriever.where if condition is None else retriever.where.narrowed(condition)
+    allowed_N = retriever.snapshot().rows_where(condition)
     for first in range(0, len(asked), BLOCK):
         path = parts / f"{first // BLOCK:06d}.json"
         few = asked[first : first + BLOCK]
         if not path.is_file():
             found = retriever.retrieve([a.question for a in few], config.num_passages, role="query", where=config.where)
-            write_json(path, [_candidates(a, near, retriever, corpora) for a, near in zip(few, found, strict=True)])
+            write_json(
+                path, [_candidates(a, near, retriever, corpora, allowed_N) for a, near in zip(few, found, strict=True)]
+            )
         if progress is not None:
             progress("questions", first + len(few), len(asked))
 
 
 def _candidates(
-    asked: _Asked, found: Sequence[Passage], retriever: IndexRetriever, corpora: Collection[str]
+    asked: _Asked,
+    found: Sequence[Passage],
+    retriever: IndexRetriever,
+    corpora: Collection[str],
+    allowed_N: NDArray[np.bool_] | None,
 ) -> list[tuple[int, str, str, str | None]]:
-    """Row, title, text and answer of a question's passages: those that were found, then what the gold documents hold besides."""
+    """Row, title, text and answer of a question's passages: those that were found, then what the gold documents hold besides, where
+    they may be read."""
     passages = list(found)
     if asked.gold:
-        store = retriever.store
-        rows = {passage.row for passage in found}
-        rows |= {p.row + 1 for p in found if len(p.full_text) > len(store.passage(p.row).full_text)}  # merged with it
+        rows, store = {passage.row for passage in found}, retriever.store
         documents = {store.find(key) for gold in asked.gold for key in (gold, *(f"{name}:{gold}" for name in corpora))}
         for document in sorted(d for d in documents if d is not None):
             for row in store.rows_of(np.array([document])).tolist():
                 passage = store.passage(row)
-                if row not in rows and find_answer(passage.full_text, asked.answers) is not None:
+                is_new = row not in rows and (allowed_N is None or allowed_N[row])
+                if is_new and find_answer(passage.full_text, asked.answers) is not None:
                     passages.append(passage)
     return [(p.row, p.title, p.full_text, find_answer(p.full_text, asked.answers)) for p in passages]
 
@@ -180,7 +195,7 @@ def find_answer(text: str, answers: Sequence[str]) -> str | None:
 def _collect(
     asked: Sequence[_Asked], parts: Path, writer: QuestionWriter, config: QuestionConfig, chat: ChatFormat
 ) -> None:
-    passages: dict[tuple[int, str], int] = {}
+    passages: dict[int, int] = {}
     answerable: dict[str, int] = {}
     found = [candidates for path in sorted(parts.glob("*.json")) for candidates in read_json(path)]
     for a, candidates in zip(asked, found, strict=True):
@@ -194,9 +209,9 @@ def _collect(
                 continue
         chosen = []
         for row, title, text, answer in candidates:
-            if (row, text) not in passages:
-                passages[row, text] = writer.passage(title, text)
-            chosen.append((passages[row, text], answer))
+            if row not in passages:
+                passages[row] = writer.passage(title, text)
+            chosen.append((passages[row], answer))
         if a.prompt is None:
             writer.add(question=a.question, answer=a.answers[0], candidates=chosen, split=a.split, group=a.group)
         else:
@@ -208,7 +223,9 @@ def _collect(
 
 def _read(files: Sequence[str], config: QuestionConfig, chat: ChatFormat) -> Iterator[_Asked]:
     """The questions of all files, each once; without those of excluded files, and conversations in which one of these is asked."""
-    excluded = {_normal(str(fields.get("question", ""))) for name in config.exclude for _, fields in _fields(name)}
+    excluded = {_normal(str(fields.get("question", ""))) for name in config.exclude for _, fields in _fields(name)} - {
+        ""
+    }
     seen: set[object] = set()
     for name in files:
         for number, (line, fields) in enumerate(_fields(name)):

@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -218,7 +218,7 @@ class Snapshot:
         excluded_QG: NDArray[np.uint64] | None = None,
         keep_N: NDArray[np.bool_] | None = None,
     ) -> list[list[Passage]]:
-        """The best passages of each query, best first: of a chunk its neighbors, of a question `merged_passages`.
+        """The best passages of each query, best first: of a chunk its neighbors, of a question `distinct_passages`.
 
         The arguments are those of `find`; fewer than k are found only where there are no more.
         """
@@ -228,7 +228,7 @@ class Snapshot:
         )
         found = zip(rows_QK, scores_QK, strict=True)
         if role == "query":
-            return [merged_passages(self.store, rows, scores, k) for rows, scores in found]
+            return [distinct_passages(self.store, rows, scores, k) for rows, scores in found]
         return [
             [
                 self.store.passage(row, score)
@@ -305,12 +305,11 @@ class Snapshot:
         return self.lexical
 
 
-def merged_passages(store: ChunkStore, rows: NDArray[np.int64], scores: NDArray[np.float32], k: int) -> list[Passage]:
+def distinct_passages(store: ChunkStore, rows: NDArray[np.int64], scores: NDArray[np.float32], k: int) -> list[Passage]:
     """The k best passages that hits make, best first; fewer where there are no more.
 
-    A passage is a chunk with its continuation, so that two hits that lie next to each other have text in common: they are one
-    passage, at the place and with the score of the better one, which holds both chunks and the next one. Its row is that of the
-    chunk it begins with. A third one beside them is a passage of its own: no reader has room for all.
+    A passage is a chunk with its continuation. So a hit that continues a better one is there already: the two are one passage, and
+    what else there is comes first.
 
     Args:
         store: Of the rows.
@@ -318,24 +317,18 @@ def merged_passages(store: ChunkStore, rows: NDArray[np.int64], scores: NDArray[
         scores: Theirs [K].
         k: Passages wanted.
     """
-    made: list[Passage] = []
-    place_of: dict[int, int] = {}
-    for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
-        if row < 0 or len(made) == k:
-            break
-        passage = store.passage(row, score)
-        for beside in (row - 1, row + 1):
-            place = place_of.get(beside)
-            if place is not None and made[place].key == passage.key:
-                first, second = (made[place], passage) if beside < row else (passage, made[place])
-                joined = first.continuation + second.continuation
-                made[place] = replace(first, continuation=joined, score=made[place].score)
-                del place_of[beside]
-                break
+    few = rows >= 0
+    rows, scores = rows[few], scores[few]
+    documents = store.documents_of(rows).tolist()
+    taken: set[tuple[int, int]] = set()
+    continuing = []
+    for place, (row, document) in enumerate(zip(rows.tolist(), documents, strict=True)):
+        if (row - 1, document) in taken:
+            continuing.append(place)
         else:
-            place_of[row] = len(made)
-            made.append(passage)
-    return made
+            taken.add((row, document))
+    order = [place for place in range(len(rows)) if place not in continuing] + continuing
+    return [store.passage(int(rows[place]), float(scores[place])) for place in order[:k]]
 
 
 class IndexRetriever:
@@ -394,7 +387,7 @@ class IndexRetriever:
 
         Raises:
             FormatError: No index, unfinished or damaged.
-            MismatchError: The encoder is another one.
+            MismatchError: The encoder is another one; with `bm25`, which opens none, when it is needed.
             ConfigError: The index has nothing to search by this method.
         """
         folder = Path(path)

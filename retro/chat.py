@@ -92,7 +92,7 @@ class ChatFormat:
             tokenizer: It.
 
         Raises:
-            FormatError: It has several templates.
+            FormatError: See `chat_template`.
         """
         backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
         backend.encode_special_tokens = False
@@ -148,14 +148,15 @@ class ChatFormat:
         return str(rendered[0])
 
 
-def chat_template(name: str | Path) -> str | None:
+def chat_template(name: str | Path, revision: str | None = None) -> str | None:
     """The template beside a tokenizer, as transformers stores it; None where there is none, as beside a single `tokenizer.json`.
 
     Args:
         name: A folder, a file, or a name on the Hugging Face hub.
+        revision: On the hub.
 
     Raises:
-        FormatError: It has several templates.
+        FormatError: It has several templates, of which none is the default.
     """
     path = Path(encoder_place(str(name)))
     if path.is_file():
@@ -163,15 +164,19 @@ def chat_template(name: str | Path) -> str | None:
     if path.is_dir():
         files: dict[str, Path | None] = {file: path / file for file in (TEMPLATE, SETTINGS)}
     else:
-        files = {file: _of_hub(str(name), file) for file in (TEMPLATE, SETTINGS)}
+        files = {file: _of_hub(str(name), file, revision) for file in (TEMPLATE, SETTINGS)}
     template, settings = files[TEMPLATE], files[SETTINGS]
     if template is not None and template.is_file():
         return template.read_text(encoding="utf-8")
     if settings is None or not settings.is_file():
         return None
     found = read_json(settings).get("chat_template")
+    if isinstance(found, list):
+        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        if found is None:
+            raise FormatError(f"{settings} has several chat templates, none by the name `default`: keep one, as a text")
     if found is not None and not isinstance(found, str):
-        raise FormatError(f"{settings}: several chat templates are not supported; keep one, as a text")
+        raise FormatError(f"{settings}: the chat template is no text")
     return found
 
 
@@ -181,11 +186,15 @@ def save_template(folder: Path, template: str | None) -> None:
         write_atomically(folder / TEMPLATE, lambda file: file.write(template.encode()))
 
 
-def _of_hub(name: str, file: str) -> Path | None:
+def _of_hub(name: str, file: str, revision: str | None) -> Path | None:
     """A file of a model on the hub, or in the hub's cache on this machine; None where it has no such file."""
     from transformers.utils.hub import cached_files
 
     found = cached_files(
-        name, [file], _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        name,
+        [file],
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
     )
     return Path(found[0]) if found else None

@@ -43,7 +43,7 @@ from retro.config import ModelConfig, Precision, RunConfig, TrainConfig, config_
 from retro.costs import Flops, cpu_has_bfloat16, device_peak_flops, forward_flops, mfu, training_flops
 from retro.data import Batch, Batches, Retrieval, prefetched
 from retro.distributed import ALONE, Ranks, joined, rank_device, shard, whole, whole_state, with_same_work
-from retro.errors import ConfigError, MismatchError, TrainingError
+from retro.errors import ConfigError, FormatError, MismatchError, TrainingError
 from retro.metrics import METRICS, Course, Lines, Metrics, read_lines
 from retro.mixture import Mixture, corpus_seed, open_corpora
 from retro.model import Retro
@@ -82,6 +82,10 @@ CHANGEABLE = (
 """Settings that may differ when a run goes on. The data may have moved, but must be the same; with other `steps` the learning rate
 follows the new cosine from where the run is. Another micro_batch_size, number of ranks or device, activation_checkpointing
 and compile give the same losses up to rounding (without dropout)."""
+
+
+LATER: dict[str, Any] = {"dropout": 0.0}
+"""Settings that runs begun before them did not have, and what these did: that is left out of recipes, so that they go on."""
 
 
 class Progress(NamedTuple):
@@ -189,7 +193,8 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
     model.to(device)
     if config.compile:
         model.compile()
-    kept = {key: value for key, value in config_to_dict(config).items() if key not in CHANGEABLE}
+    settings = config_to_dict(config).items()
+    kept = {key: value for key, value in settings if key not in CHANGEABLE and (key, value) not in LATER.items()}
     recipe = {
         "model": config_to_dict(run.model),
         "train": kept,
@@ -275,10 +280,18 @@ def _network(run: RunConfig, tokenizer: Tokenizer, device: torch.device, dtype: 
 
 
 def _template(run: RunConfig, questions: Sequence[QuestionData]) -> str | None:
-    """How the finished model wants conversations: as it was trained on them, else as its base does."""
-    if run.base is not None and not any(data.has_chats for data in questions):
-        return chat_template(run.base.name)
-    return common_template(questions)
+    """How the finished model wants conversations: as it was trained on them, else as what it began with does."""
+    if run.train.task == "chat" or any(data.has_chats for data in questions):
+        return common_template(questions)
+    if run.train.init:
+        return chat_template(run.train.init)
+    if run.base is None:
+        return None
+    try:
+        return chat_template(run.base.name, run.base.revision or None)
+    except FormatError as error:
+        logger.warning("%s: chats with this model will be written in ChatML", error)
+        return None
 
 
 def _encoder_digests(model: Retro) -> dict[str, str]:

@@ -221,6 +221,7 @@ ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "another eps": ({}, {"config_json": {"layer_norm_eps": 1e-5}}),
     "positions unsaid": ({}, {"config_json": {"position_embedding_type": ...}}),
     "one head": ({"num_heads": 1}, {}),
+    "a tokenizer of BERT": ({}, {"tokenizer_config_json": {"tokenizer_class": "BertTokenizer"}}),
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "max pooling": {"_Pooling__config_json": {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}},
@@ -235,7 +236,20 @@ OTHERS: dict[str, dict[str, Any]] = {
     "shortened vectors": {"config_sentence_transformers_json": {"truncate_dim": 16}},
     "another tokenizer": {"tokenizer_config_json": {"tokenizer_class": "RobertaTokenizerFast"}},
     "cut on the left": {"tokenizer_config_json": {"truncation_side": "left"}},
-    "other letters": {"tokenizer_config_json": {"do_lower_case": False}},
+    "another tokenizer of BERT": {
+        "tokenizer_config_json": {"tokenizer_class": "BertTokenizer", "do_lower_case": False}
+    },
+    "a tokenizer of BERT that keeps accents": {
+        "tokenizer_config_json": {"tokenizer_class": "BertTokenizer", "strip_accents": False}
+    },
+    "a token more": {"tokenizer_config_json": {"bos_token": "<more>"}},
+    "a token more in another file": {"special_tokens_map_json": {"bos_token": "<more>"}},
+    "added tokens": {"added_tokens_json": {"<more>": 1500}},
+    "tokens of other indexes": {"tokenizer_config_json": {"added_tokens_decoder": {"7": {"content": "<more>"}}}},
+    "halves": {"config_json": {"dtype": "float16"}},
+    "an adapter": {"adapter_config_json": {}},
+    "a pooling with more to say": {"_Pooling__config_json": {"weights": [1]}},
+    "another normalization": {"2_Normalize__config_json": {"p": 1}},
 }
 
 
@@ -280,6 +294,7 @@ def test_what_is_something_else_is_left_to_sentence_transformers(
 ) -> None:
     folder = make_encoder(tmp_path / "bert")
     assert open_bert(folder, "cpu") is not None
+    (folder / "2_Normalize").mkdir(exist_ok=True)
     assert open_bert(variant(folder, **renamed(OTHERS[name])), "cpu") is None
 
 
@@ -292,6 +307,8 @@ def test_an_encoder_with_other_weights_or_modules_is_left_to_sentence_transforme
     folder = make_encoder(tmp_path / "bert")
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     safetensors.torch.save_file(weights | {"more": torch.zeros(1)}, folder / "model.safetensors")
+    assert open_bert(folder, "cpu") is None
+    (folder / "tokenizer.json").rename(folder / "tokenizer")
     assert open_bert(folder, "cpu") is None
     (folder / "model.safetensors").write_bytes(b"x")
     assert open_bert(folder, "cpu") is None

@@ -202,30 +202,10 @@ def test_passages_are_the_best_rows_with_their_scores(retriever: IndexRetriever)
         assert passages == [retriever.store.passage(p.row, p.score) for p in passages]
 
 
-def joined(store: ChunkStore, hits: list[int], k: int) -> list[tuple[int, str, int]]:
-    """First row, text and best hit of the k best passages of hits, by their documents' whole texts."""
-    made: list[list[int]] = []
-    for hit in hits:
-        beside = [p for p in made if len(p) == 1 and abs(p[0] - hit) == 1 and key(store, p[0]) == key(store, hit)]
-        if len(made) == k:
-            break
-        (beside[0] if beside else made).append(hit if beside else [hit])  # type: ignore[arg-type]
-    passages = []
-    for rows in made:
-        first, last = min(rows), max(rows)
-        text = "".join(store.passage(row).text for row in range(first, last + 1)) + store.passage(last).continuation
-        passages.append((first, "".join(text.split()), rows[0]))  # what stands between chunks is space
-    return passages
-
-
-def key(store: ChunkStore, row: int) -> str:
-    return store.passage(row).key
-
-
 @pytest.mark.parametrize("method", ["dense", "bm25", "hybrid", "rerank"])
-def test_hits_of_a_question_that_lie_next_to_each_other_are_one_passage(tiny_index: Path, method: Method) -> None:
+def test_hits_of_a_question_that_continue_better_ones_come_last(tiny_index: Path, method: Method) -> None:
     retriever = IndexRetriever.open(tiny_index, method=method)
-    store, merged = retriever.store, 0
+    store, moved = retriever.store, 0
     questions = ["When did the oil crisis begin?", "rain forests of South America", "the war and the embargo", "x"]
     questions += [store.passage(row).text for row in range(0, store.num_chunks, 9)]
     for k in (1, 4, 10):
@@ -233,22 +213,21 @@ def test_hits_of_a_question_that_lie_next_to_each_other_are_one_passage(tiny_ind
             scores_QK, rows_QK = retriever.find(
                 [question], 2 * k, role="query", excluded_QG=None, keep_N=None, snapshot=retriever.snapshot()
             )
-            expected = joined(store, [row for row in rows_QK[0].tolist() if row >= 0], k)
-            assert [(p.row, "".join(p.full_text.split())) for p in passages] == [
-                (row, text) for row, text, _ in expected
-            ]
+            hits = [row for row in rows_QK[0].tolist() if row >= 0]
+            kept: list[int] = []
+            for row in hits:
+                if not (row - 1 in kept and store.passage(row - 1).key == store.passage(row).key):
+                    kept.append(row)
+            wanted = [*kept, *(row for row in hits if row not in kept)][:k]
             score_of = dict(zip(rows_QK[0].tolist(), scores_QK[0].tolist(), strict=True))
-            assert [p.score for p in passages] == [score_of[best] for *_, best in expected]
-            assert len(passages) == k or len(rows_QK[0]) < 2 * k or -1 in rows_QK[0]
-            merged += sum(len(p.full_text) > len(store.passage(p.row).full_text) for p in passages)
-    assert merged > (0 if method == "hybrid" else 10)
+            assert passages == [store.passage(row, score_of[row]) for row in wanted]
+            moved += wanted != hits[:k]
+    assert moved > 3 or method == "hybrid"  # where they come last already
 
 
 def test_all_of_an_index_can_be_asked_for(retriever: IndexRetriever) -> None:
     passages = retriever.retrieve(["oil"], retriever.store.num_chunks, role="query")[0]
-    assert len(passages) < retriever.store.num_chunks
-    covered = {row for p in passages for row in range(p.row, p.row + 2)}
-    assert set(range(retriever.store.num_chunks)) <= covered
+    assert sorted(p.row for p in passages) == list(range(retriever.store.num_chunks))
 
 
 def test_a_stored_chunk_finds_itself(retriever: IndexRetriever) -> None:
