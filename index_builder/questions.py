@@ -296,7 +296,7 @@ def gold_keys(fields: Mapping[str, Any], corpora: Mapping[str, str] | None = Non
         elif isinstance(entry, list) and len(entry) >= 2:
             keys.append(f"{(corpora or {}).get(str(entry[0]), entry[0])}:{entry[1]}")
         else:
-            raise FormatError(f"{entry!r} in `gold` names no document: give its key, or [corpus, id]")
+            raise FormatError(f"{entry!r} names no document: give its key, or [corpus, id]")
     return keys
 
 

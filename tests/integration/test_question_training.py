@@ -306,7 +306,7 @@ def _without_chats(folder: Path, tokenizer: Tokenizer) -> Path:
         ({"question": "Who?", "answers": ["x", 1]}, "`answers` must be"),
         ({"question": "Who?", "answers": ["x"], "split": "dev"}, "split = 'dev'"),
         ({"question": "Who?", "answers": ["x"], "gold": 5}, "`gold` must be a list"),
-        ({"question": "Who?", "answers": ["x"], "gold": [["simple"]]}, "['simple'] in `gold` names no document"),
+        ({"question": "Who?", "answers": ["x"], "gold": [["simple"]]}, "['simple'] names no document"),
         (
             {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "split": "dev"},
             "split",
