@@ -53,8 +53,12 @@ def judged(questions: Questions, paragraphs: list[dict[str, Any]]) -> Questions:
 
 
 def passages(index: Path, method: Method, k: int, **options: Any) -> list[list[Any]]:
+    """As they are ranked; for a reader, what continues a better one would come last."""
     retriever = IndexRetriever.open(index, method=method, **options)
-    return retriever.retrieve([text for text, _ in ASKED], k, role="query")
+    now = retriever.snapshot()
+    questions, keep_N = [text for text, _ in ASKED], now.rows_where(retriever.where)
+    _, rows_QK = retriever.find(questions, k, role="query", excluded_QG=None, keep_N=keep_N, snapshot=now)
+    return [[now.store.passage(row) for row in rows if row >= 0] for rows in rows_QK.tolist()]
 
 
 def first(hits: list[bool]) -> int | None:
@@ -118,7 +122,7 @@ def test_questions_are_limited_evenly_and_more_passages_than_there_are_are_all(
     retriever = IndexRetriever.open(tiny_index)
     _, units = measure_retrieval(retriever, questions, methods=("dense",), ks=(10_000,), limit=3)
     assert units["id"] == ["q0", "q2", "q5"]
-    found = retriever.retrieve([ASKED[2][0]], retriever.store.num_live_chunks, role="query")[0]
+    found = passages(tiny_index, "dense", retriever.store.num_live_chunks)[2]
     assert units["dense rank"][1] == first([contains_answer(p.full_text, ASKED[2][1]) for p in found])
 
 

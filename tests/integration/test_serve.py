@@ -22,6 +22,7 @@ import builders
 import httpx
 import openai
 import pytest
+import torch
 from commands import command, refused
 from servers import ADMIN, OTHER, USER, Running, Start, starting, talkative_model, wait_until
 
@@ -458,8 +459,11 @@ def test_too_much_at_once_is_refused_and_said_so(start: Start) -> None:
         assert server.service.is_idle
 
 
-def test_a_request_that_takes_too_long_is_ended(start: Start) -> None:
+def test_a_request_that_takes_too_long_is_ended(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     with start(timeout_s=0.4, max_tokens=100_000, max_context=200_000) as server:
+        network, eos_id = server.service.model.network, server.service.model.tokenizer.eos_id
+        logits = network.logits
+        monkeypatch.setattr(network, "logits", lambda x: logits(x).index_fill(-1, torch.tensor([eos_id]), -torch.inf))
         with pytest.raises(openai.InternalServerError) as late:
             server.openai().completions.create(model="toy", prompt="The oil", max_tokens=50_000)
         assert late.value.status_code == 504

@@ -87,7 +87,10 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "the encoder looks at the decoder before self-attention": [
         ("view.read(x_BTD)", "view.read(input_BTD)"),
-        ("x_BTD = x_BTD + view.self_attend", "input_BTD = x_BTD\n        x_BTD = x_BTD + view.self_attend"),
+        (
+            "x_BTD = x_BTD + self.dropout(view.self_attend",
+            "input_BTD = x_BTD\n        x_BTD = x_BTD + (view.self_attend",
+        ),
     ],
     "the encoder's final norm is left out": [
         ("self.norm(x_PRE).masked_fill(", "x_PRE.masked_fill("),
