@@ -18,6 +18,7 @@ from retro.terminal import (
     Method,
     OnError,
     Overwrite,
+    QuestionMethod,
     Seed,
     TextField,
     TitleField,
@@ -190,7 +191,7 @@ def index_search(
     index: IndexFolder,
     query: Annotated[str, typer.Argument(help="A question, or any text.")],
     k: Annotated[int, typer.Option("-k", help="Passages to show.")] = 5,
-    method: Method = "dense",
+    method: QuestionMethod = "auto",
     where: Where = None,
     role: Annotated[
         str, typer.Option(help="query for a question, document for a text like the stored ones.")
@@ -203,7 +204,7 @@ def index_search(
     \b
     Examples:
       retro index search wiki.index "When did the 1973 oil crisis begin?" -k 5 --json
-      retro index search wiki.index "oil embargo" --retriever hybrid --where 'title != "1973 oil crisis"'
+      retro index search wiki.index "oil embargo" --retriever dense --where 'title != "1973 oil crisis"'
     """
     choice(role, ("query", "document"), "--role")
     retriever = open_retriever(index, resolve_devices(device), method)
@@ -656,9 +657,11 @@ def cloze(
 
 def open_retriever(index: Path, device: str, method: str, where: str | None = None) -> "IndexRetriever":
     """Opens an index to search it as --retriever and --where say."""
-    from index_builder.search import METHODS, IndexRetriever
+    from index_builder.search import AUTO, METHODS, IndexRetriever
 
-    return IndexRetriever.open(index, device=device, method=choice(method, METHODS, "--retriever"), where=where)
+    return IndexRetriever.open(
+        index, device=device, method=choice(method, (*METHODS, AUTO), "--retriever"), where=where
+    )
 
 
 def _read_options(

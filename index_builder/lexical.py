@@ -231,14 +231,18 @@ class LexicalIndex:
                 scores_QK[query, here_K] = part.score(numbers[query], rows_QK[query, here_K] - first)
         return scores_QK
 
-    def overlap(self, queries: Sequence[str], rows_QKR: Int64s) -> NDArray[np.float32]:
+    def overlap(
+        self, queries: Sequence[str], rows_QKR: Int64s, dead_N: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.float32]:
         """How much of each query stands in passages, whatever their length and however often.
 
-        A word weighs what it does in BM25, ln(1 + (N - df + 0.5) / (df + 0.5)); one that no row has weighs nothing.
+        A word weighs what it does in BM25, ln(1 + (N - df + 0.5) / (df + 0.5)); one that no row has weighs nothing, nor does one
+        that only removed rows have.
 
         Args:
             queries: Texts.
             rows_QKR: The R rows that each passage consists of; -1 for none.
+            dead_N: Whether each row was removed; None where none was. What was removed at last leaves no trace so.
 
         Returns:
             The sum of the weights of the words that stand in one of the rows, divided by the root of the sum of all the query's
@@ -250,10 +254,13 @@ class LexicalIndex:
         words_T, lengths_Q = _query_words(queries, self._language)
         query_T = np.repeat(np.arange(len(lengths_Q)), lengths_Q)
         known_T = np.zeros(len(words_T), np.bool_)
+        is_later_T = _positions(self._statistics.words_V, words_T) < 0  # not there at the build
         found_TK = np.zeros((len(words_T), rows_QKR.shape[1]), np.bool_)
         for first, part in zip(self._first_rows, self._parts, strict=False):
             at_T = _positions(part.postings.words_W, words_T)
-            known_T |= at_T >= 0
+            known_T |= (at_T >= 0) & ~is_later_T
+            for token in np.flatnonzero((at_T >= 0) & ~known_T).tolist():
+                known_T[token] = dead_N is None or not dead_N[first + part.postings.rows_of(at_T[token])].all()
             # Rows of other parts are moved beside this one's, where no word stands: 32 bits may be too few for them.
             local_QKR = np.clip(rows_QKR - first, -1, part.num_rows).astype(np.int32)
             here_Q = np.any((local_QKR >= 0) & (local_QKR < part.num_rows), axis=(1, 2))
@@ -419,6 +426,10 @@ class _Postings:
     def frequencies(self) -> Int64s:
         """Rows with each word [W]."""
         return np.diff(self.starts)
+
+    def rows_of(self, number: int) -> NDArray[np.int32]:
+        """Rows that a word stands in, ascending."""
+        return self.rows_P[self.starts[number] : self.starts[number + 1]]
 
     def look_up(self, number: int, rows: NDArray[np.int32]) -> tuple[NDArray[np.bool_], NDArray[Any]]:
         """Whether a word stands in rows of any shape, and its values there; where it does not, the values mean nothing.

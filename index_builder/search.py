@@ -2,10 +2,10 @@
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 Method = Literal["dense", "bm25", "hybrid", "rerank"]
 """By the encoder's vectors; by words; by both, their rankings fused; by vectors, the best of them re-ranked by words."""
 METHODS: tuple[str, ...] = get_args(Method)
+AUTO: Final = "auto"
+"""What finds answers to questions best in the index at hand, `question_method`."""
 CANDIDATES = 1 << 22
 """Rows looked at in one go, over all queries: bounds memory where one group is very large."""
 OVER_FETCH = 8
@@ -253,22 +255,24 @@ class Snapshot:
         document_QK, owner_QK = (self.store.documents_of(rows) for rows in (np.maximum(rows_QK, 0), following_QK))
         is_continued_QK = (rows_QK >= 0) & (following_QK > rows_QK) & (document_QK == owner_QK)
         passages_QKR = np.stack([rows_QK, np.where(is_continued_QK, following_QK, -1)], axis=2)
-        scores_QK += np.float32(WORDS) * self._words().overlap(queries, passages_QKR)
+        scores_QK += np.float32(WORDS) * self._words().overlap(queries, passages_QKR, self.store.dead_N)
         # Stable, and rows ascend: of equal scores the lower row comes first.
         order = np.argsort(-scores_QK, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(scores_QK, order, axis=1), np.take_along_axis(rows_QK, order, axis=1)
 
     def _similarity_unit(self) -> float:
-        """Standard deviation of the similarity of a passage to another, over random pairs; 1 where all are alike.
+        """Standard deviation of the similarity of a passage to another, over random pairs of those that were not removed; 1 where
+        all are alike.
 
         Encoders differ in the range of their similarities: so neither a shift nor another scale changes what is found.
         """
         if self._unit is None:
-            n, random = len(self.vectors), np.random.default_rng(0)
+            n, random = self.store.num_live_chunks, np.random.default_rng(0)
             if n < 2:
                 return 1.0
             first_P = random.integers(n, size=UNIT_PAIRS)
             second_P = (first_P + random.integers(1, n, size=UNIT_PAIRS)) % n
+            first_P, second_P = self.store.live_rows(first_P), self.store.live_rows(second_P)
             first_PX = self.vectors.gather(first_P)
             if (
                 self.index.metric == "inner product"
@@ -331,6 +335,11 @@ def distinct_passages(store: ChunkStore, rows: NDArray[np.int64], scores: NDArra
     return [store.passage(int(rows[place]), float(scores[place])) for place in order[:k]]
 
 
+def question_method(manifest: Mapping[str, Any]) -> Method:
+    """By what questions are looked up where nobody says: meaning and words, where the index has words."""
+    return "dense" if manifest["lexical"] is None else "hybrid"
+
+
 class IndexRetriever:
     """Passages of an index; implements `retro.generate.Retriever`.
 
@@ -369,7 +378,7 @@ class IndexRetriever:
         *,
         device: str = "cpu",
         encoder: str | None = None,
-        method: Method = "dense",
+        method: Method | Literal["auto"] = "dense",
         where: Filter | str | None = None,
         dtype: str = "auto",
         trust_remote_code: bool = False,
@@ -380,7 +389,7 @@ class IndexRetriever:
             path: Folder made by `retro index build`.
             device: Where the encoder runs, and FAISS where it can.
             encoder: Where that encoder lies now, if not where it was.
-            method: How passages are found.
+            method: How passages are found; `auto` is `question_method`.
             where: What every search is confined to.
             dtype: In which the encoder computes.
             trust_remote_code: Whether code that comes with an encoder of the hub may run.
@@ -392,7 +401,9 @@ class IndexRetriever:
         """
         folder = Path(path)
         condition = Filter.parse(where) if isinstance(where, str) else where
-        made_with = open_manifest(folder, "index")["encoder"]
+        manifest = open_manifest(folder, "index")
+        made_with = manifest["encoder"]
+        chosen = question_method(manifest) if method == AUTO else method
 
         def reopen() -> Encoder:
             return Encoder.reopen(
@@ -400,8 +411,8 @@ class IndexRetriever:
             )
 
         # Who searches by words alone need not wait for an encoder, nor have it.
-        opened = reopen if method == "bm25" else reopen()
-        return cls(folder, opened, method=method, where=condition, device=device)
+        opened = reopen if chosen == "bm25" else reopen()
+        return cls(folder, opened, method=chosen, where=condition, device=device)
 
     @property
     def encoder(self) -> Encoder:

@@ -235,6 +235,13 @@ class ChunkStore:
         """Rows that a search can return."""
         return self.num_chunks - (0 if self.dead_N is None else int(self.dead_N.sum()))
 
+    def live_rows(self, numbers: Int64s) -> Int64s:
+        """Rows of chunks that are counted without removed ones, 0 to `num_live_chunks` - 1; of any shape."""
+        if self.dead_N is None:
+            return numbers
+        dead_rows = np.flatnonzero(self.dead_N)
+        return numbers + np.searchsorted(dead_rows - np.arange(len(dead_rows)), numbers, side="right")
+
     def numbered_keys(self) -> Iterator[tuple[int, str]]:
         """Numbers and keys of all documents that were not removed, in order."""
         keys = (key for table in self.tables for key in table["key"].to_pylist())

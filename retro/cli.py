@@ -20,6 +20,7 @@ from retro.terminal import (
     Method,
     ModelPath,
     Overwrite,
+    QuestionMethod,
     Seed,
     Where,
     bars,
@@ -270,7 +271,7 @@ def ask(
             "model of Hugging Face (--model NAME or folder), untrained; closed: there are none, as with -k 0."
         ),
     ] = "retro",
-    method: Method = "dense",
+    method: QuestionMethod = "auto",
     where: Where = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
     min_confidence: Annotated[
@@ -355,7 +356,12 @@ def serve(
     ] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Its name for clients [that of the folder].")] = None,
     k: Annotated[int, typer.Option("-k", min=0, help="Passages for questions and chats.")] = 10,
-    method: Method = "dense",
+    method: Annotated[
+        str,
+        typer.Option(
+            "--retriever", help="dense, bm25, hybrid or rerank; auto: hybrid for questions, where there is BM25."
+        ),
+    ] = "auto",
     where: Where = None,
     device: Device = "auto",
     max_concurrency: Annotated[int, typer.Option(help="Sequences that are decoded together.")] = 64,
@@ -377,7 +383,7 @@ def serve(
       retro serve --index wiki.index
       retro serve wiki.model --index wiki.index --host 0.0.0.0 --api-key-file keys.txt --admin-key-file admin.txt
     """
-    from index_builder.search import METHODS
+    from index_builder.search import AUTO, METHODS
 
     try:
         from retro.serve.config import Keys, ServeConfig, named_indexes
@@ -398,7 +404,7 @@ def serve(
         root_path=root_path.rstrip("/"),
         allowed_origins=tuple(allowed_origin or ()),
         model_name=served_model_name or model.resolve().name,
-        retriever=choice(method, METHODS, "--retriever"),
+        retriever=choice(method, (*METHODS, AUTO), "--retriever"),
         where=where,
         num_passages=k,
         max_concurrency=max_concurrency,

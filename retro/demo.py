@@ -88,7 +88,7 @@ def run_demo(
     _headline("1. Index", "2,067 paragraphs of 48 Wikipedia articles, cut into chunks, encoded, made searchable.")
     with bars() as progress:
         build_index([f"squad={examples_folder() / CORPUS}"], index, BuildConfig(), device=device, progress=progress)
-    retriever = IndexRetriever.open(index, device=device)
+    retriever = IndexRetriever.open(index, device=device, method="auto")
     _headline("2. Search", "Three questions, the best passages of each.")
     for query in SEARCHES:
         typer.echo(f"\n  {query}")

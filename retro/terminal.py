@@ -37,6 +37,10 @@ Method = Annotated[
         help="dense: by meaning; bm25: by words; hybrid: both, fused; rerank: the best by meaning, ordered by words.",
     ),
 ]
+QuestionMethod = Annotated[
+    str,
+    typer.Option("--retriever", help="dense, bm25, hybrid or rerank; auto: hybrid, or dense where there is no BM25."),
+]
 Where = Annotated[
     str | None, typer.Option(help="""Only documents that fulfil this, as in 'lang = "en" and year >= 2000'.""")
 ]

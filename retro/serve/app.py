@@ -257,7 +257,7 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
             "retro": {
                 "retrieval": service.can_retrieve,
                 "default_k": config.num_passages if service.can_retrieve else 0,
-                "retrievers": [] if library is None else _first(config.retriever, library.methods),
+                "retrievers": [] if library is None else _first(service.default_method, library.methods),
                 "documents": 0 if library is None else library.num_documents,
                 "admin": bool(service.keys.admins) and library is not None,
                 "max_k": config.max_passages,

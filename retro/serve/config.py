@@ -6,6 +6,7 @@ import ipaddress
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from index_builder.filters import Filter
 from index_builder.search import Method
@@ -27,7 +28,8 @@ class ServeConfig:
     allowed_origins: tuple[str, ...] = ()
     """Other web sites whose pages may ask, as in https://example.org."""
     model_name: str = "retro"
-    retriever: Method = "dense"
+    retriever: Method | Literal["auto"] = "auto"
+    """Where a request does not say; `auto`: completions by meaning, all else by `question_method`."""
     where: str | None = None
     """What every search is confined to."""
     num_passages: int = 10

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from index_builder.filters import Filter
-from index_builder.search import Method
+from index_builder.search import AUTO, Method
 from retro.answer import NEIGHBOR_LEN, answer_config, answer_prompt, passage_text, to_answer
 from retro.attribution import Explanation, explain
 from retro.chat import ChatFormat, last_user_message
@@ -141,7 +141,16 @@ class Service:
         """Whether the model can read what an index says."""
         return self.library is not None and bool(self.model.network.config.cca_layers)
 
-    def search_of(self, body: Any, key: Key, default_k: int, *, needs_model: bool = True) -> Search:
+    @property
+    def default_method(self) -> Method:
+        """How questions are looked up where a request does not say."""
+        if self.config.retriever != AUTO:
+            return self.config.retriever
+        return "dense" if self.library is None else self.library.question_method
+
+    def search_of(
+        self, body: Any, key: Key, default_k: int, *, needs_model: bool = True, completes: bool = False
+    ) -> Search:
         """Checks what a request asks of the index.
 
         Raises:
@@ -154,7 +163,9 @@ class Service:
         if k > 0 and not able:
             what = "an index" if self.library is None else "a model that reads passages"
             raise ApiError(400, f"k = {k}: this server has been started without {what}; send k = 0", param="k")
-        method: Method = body.retriever or self.config.retriever
+        method: Method = body.retriever or (
+            "dense" if completes and self.config.retriever == AUTO else self.default_method
+        )
         if self.library is None:
             return Search(k, method, None)
         if method not in self.library.methods:
@@ -182,7 +193,7 @@ class Service:
 
     async def plan_completion(self, body: CompletionRequest, key: Key) -> Plan:
         """What a completion takes."""
-        search = self.search_of(body, key, self.model.num_neighbors)
+        search = self.search_of(body, key, self.model.num_neighbors, completes=True)
         prompts = await self._prompts(body.prompt)
         max_tokens = self._max_tokens(body.max_tokens, COMPLETION_TOKENS, max(map(len, prompts)))
         retriever = None

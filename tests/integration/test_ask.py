@@ -80,7 +80,13 @@ def test_an_answer_has_its_passages_with_shares_and_spans(
 ) -> None:
     report = json.loads(retro(*arguments, QUESTION, "--json").out)
     loaded, tokenizer, _ = load_model(model)
-    expected = ask(loaded, tokenizer, QUESTION, retriever=IndexRetriever.open(tiny_index), config=answer_config(3, 8))
+    expected = ask(
+        loaded,
+        tokenizer,
+        QUESTION,
+        retriever=IndexRetriever.open(tiny_index, method="auto"),
+        config=answer_config(3, 8),
+    )
     why = explain(loaded, tokenizer, expected)
     assert (report["question"], report["answer"], report["refused"]) == (QUESTION, expected.text, False)
     assert report["confidence"] == round(expected.confidence, 4)
@@ -301,7 +307,9 @@ def test_an_index_without_titles_has_none_in_what_is_read(
     arguments = ["ask", "--model", model, "--index", tmp_path / "plain.index", QUESTION, "-k", 4, "--max-new-tokens", 4]
     report = json.loads(retro(*arguments, "--json").out)
     assert [p["title"] for p in report["passages"]] == [""] * 4
-    for passage in IndexRetriever.open(tmp_path / "plain.index").retrieve([QUESTION], 4, role="query")[0]:
+    for passage in IndexRetriever.open(tmp_path / "plain.index", method="auto").retrieve([QUESTION], 4, role="query")[
+        0
+    ]:
         assert passage_text(passage) == f"source: {passage.full_text}"
     printed = retro(*arguments).out
     for passage in report["passages"]:

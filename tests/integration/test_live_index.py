@@ -114,6 +114,26 @@ def test_after_any_changes_an_exact_index_finds_what_a_fresh_build_finds(
     assert verify_index(folder) == []
 
 
+def test_what_was_added_and_removed_again_leaves_no_trace_in_what_questions_find(
+    build: Callable[..., Path], records: Records, tmp_path: Path
+) -> None:
+    folder = build("a", records[:10])
+    questions = ["Where does the Quoxholm ferry bring oil to?", *QUERIES]
+
+    def answers() -> list[list[tuple[float, str, str]]]:
+        found = IndexRetriever.open(folder, method="hybrid").retrieve(questions, 50, role="query")
+        return [[(p.score, p.key, p.text) for p in passages] for passages in found]
+
+    before = answers()
+    added = [{"id": f"new{n}", "text": f"The Quoxholm ferry {n} brings oil."} for n in range(3)]
+    add_documents(folder, [str(write_corpus(tmp_path / "wiki.jsonl", added))])
+    assert answers()[0][0][1].startswith("wiki:new")
+    remove_documents(folder, ["wiki:new0", "wiki:new2"])
+    assert answers()[0][0][1] == "wiki:new1"
+    remove_documents(folder, ["wiki:new1"])
+    assert answers() == before
+
+
 def test_a_key_that_is_there_is_refused_and_nothing_is_added(
     build: Callable[..., Path], records: Records, tmp_path: Path, folder_bytes: FolderBytes
 ) -> None:

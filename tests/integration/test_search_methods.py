@@ -191,6 +191,11 @@ def test_excluded_groups_are_never_found(index: Path, method: str) -> None:
     assert {p.title for few in found for p in few}.isdisjoint(list(titles)[:1])
 
 
+def test_an_index_with_words_is_searched_by_both_where_nobody_says(index: Path) -> None:
+    assert opened(index, "auto").method == "hybrid"
+    assert rows(opened(index, "auto"), 5) == rows(opened(index, "hybrid"), 5)
+
+
 def test_a_retriever_that_is_confined_can_only_be_narrowed(index: Path) -> None:
     confined = opened(index, "dense", where="even = true")
     assert rows(confined, 5) == rows(opened(index, "dense"), 5, where="even = true")
@@ -207,6 +212,7 @@ def test_without_a_bm25_index_only_search_by_meaning_works(
     for method in ("bm25", "hybrid", "rerank"):
         with pytest.raises(ConfigError, match="has no BM25 index"):
             opened(tmp_path / "x.index", method)
+    assert opened(tmp_path / "x.index", "auto").method == "dense"
     with pytest.raises(ConfigError, match="retriever 'sparse' is unknown"):
         opened(tmp_path / "x.index", "sparse")
 

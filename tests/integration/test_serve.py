@@ -169,7 +169,7 @@ def test_a_chat_reads_the_passages_of_the_last_question(running: Running, model_
     choice = reply.choices[0]
     assert choice.message.role == "assistant"
     assert choice.message.content
-    found = IndexRetriever.open(running.index).retrieve([QUESTION], 4, role="query")[0]
+    found = IndexRetriever.open(running.index, method="auto").retrieve([QUESTION], 4, role="query")[0]
     retro = retro_of(reply)
     assert [p["key"] for p in retro["passages"]] == [p.key for p in found]
     assert [p["text"] for p in retro["passages"]] == [p.full_text for p in found]
@@ -272,7 +272,7 @@ def test_the_models_are_listed_with_what_the_server_can_do(running: Running) -> 
     assert retro_of(model) == {
         "retrieval": True,
         "default_k": 10,
-        "retrievers": ["dense", "bm25", "hybrid", "rerank"],
+        "retrievers": ["hybrid", "dense", "bm25", "rerank"],
         "documents": 40,
         "admin": True,
         "max_k": 50,
@@ -564,7 +564,7 @@ def test_an_answer_is_that_of_retro_ask_with_its_sources(running: Running, model
         reply = client.post("/v1/ask", json={"question": QUESTION, "k": 3, "max_tokens": 9}).json()
     model, tokenizer = loaded(model_folder)
     config = GenerateConfig(num_neighbors=3, neighbor_len=160, max_new_tokens=9)
-    answer = ask(model, tokenizer, QUESTION, retriever=IndexRetriever.open(running.index), config=config)
+    answer = ask(model, tokenizer, QUESTION, retriever=IndexRetriever.open(running.index, method="auto"), config=config)
     assert (reply["question"], reply["answer"]) == (QUESTION, answer.text)
     assert reply["confidence"] == pytest.approx(answer.confidence, abs=1e-4)
     assert "".join(token["text"] for token in reply["tokens"]).strip() == answer.text
@@ -590,7 +590,7 @@ def test_a_model_that_was_trained_with_passages_in_its_prompt_is_asked_so(
     save_model(tmp_path, model, tokenizer, training={"settings": {"context_passages": 2}})
     model.context_passages = 2
     with start(model=tmp_path, max_context=700) as server, server.http() as client:
-        found = IndexRetriever.open(server.index).retrieve([QUESTION], 4, role="query")[0]
+        found = IndexRetriever.open(server.index, method="auto").retrieve([QUESTION], 4, role="query")[0]
         for k in (4, 1, 0):
             config = GenerateConfig(num_neighbors=k, neighbor_len=160, max_new_tokens=9)
             (answer,) = ask_many(model, tokenizer, [QUESTION], [found], config)

@@ -159,6 +159,8 @@ def test_a_removed_document_is_not_found_and_the_others_keep_their_rows(made: Ma
     assert store.dead_documents.tolist() == [1, 3]
     assert store.dead_N is not None
     assert np.flatnonzero(store.dead_N).tolist() == dead.tolist()
+    live_rows = np.flatnonzero(~store.dead_N)
+    assert store.live_rows(np.arange(store.num_live_chunks)).tolist() == live_rows.tolist()
     assert store.num_live_chunks == len(made.rows) - len(dead)
     assert store.passage(len(made.rows) - 1).key == "b:2"
     live = [(entry.key, spans.tolist(), first) for entry, spans, first in store.live_documents()]
