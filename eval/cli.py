@@ -32,6 +32,8 @@ eval_app = typer.Typer(help="Measure a model, an index, or both; figures go into
 
 Out = Annotated[Path | None, typer.Option(help="Folder of the report: the record is added to those that are there.")]
 Limit = Annotated[int | None, typer.Option(help="Only so many documents or questions, evenly spaced.")]
+PRINTED_POINTS = 10
+"""Of a curve, on the terminal."""
 
 
 @eval_app.callback()
@@ -571,9 +573,9 @@ def _show(record: "Record", units: dict[str, list[Any]] | None, out: Path | None
         typer.echo(f"{name:{width}}  {value} {figure.unit}{interval}")
     for title, curve in record.curves.items():
         typer.echo(f"\n{title} ({curve.y_label} over {curve.x_label})")
+        # Of long curves evenly spaced points, to the last one; the record and the page have all.
+        shown = sorted(range(len(curve.x) - 1, -1, -max(1, -(-len(curve.x) // PRINTED_POINTS))))
         for name, values in curve.series.items():
-            points = "  ".join(
-                f"{x:g}: {'-' if y is None else f'{y:.4g}'}" for x, y in zip(curve.x, values, strict=True)
-            )
+            points = "  ".join(f"{curve.x[i]:g}: {'-' if values[i] is None else f'{values[i]:.4g}'}" for i in shown)
             typer.echo(f"  {name}: {points}")
     return path

@@ -1,6 +1,7 @@
 """`retro eval qa` on a real index with a network of random weights: every figure worked out again from the predictions."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,14 @@ def test_every_column_is_there(measured: Path) -> None:
     page = (measured / "report.html").read_text(encoding="utf-8")
     assert "Accuracy over coverage" in page
     assert "Answer recall" in page
+
+
+def test_of_a_long_curve_some_points_are_printed(model: Path, files: dict[str, Path], tiny_index: Path) -> None:
+    out = done("eval", "qa", *arguments(model, files, tiny_index), "--modes", "retrieval").out
+    line = out[out.index("Accuracy over coverage") :].splitlines()[1]
+    assert re.findall(r"(\d+): ", line) == [str(share) for share in range(10, 101, 10)]
+    line = out[out.index("Answer recall") :].splitlines()[1]
+    assert re.findall(r"(\d+): ", line)[-1] == "20"
 
 
 def test_figures_are_those_of_the_predictions(measured: Path) -> None:
