@@ -237,7 +237,7 @@ class LexicalIndex:
         """How much of each query stands in passages, whatever their length and however often.
 
         A word weighs what it does in BM25, ln(1 + (N - df + 0.5) / (df + 0.5)); one that no row has weighs nothing, nor does one
-        that only removed rows have.
+        that no row had at the build and only removed ones have had since.
 
         Args:
             queries: Texts.
@@ -260,7 +260,8 @@ class LexicalIndex:
             at_T = _positions(part.postings.words_W, words_T)
             known_T |= (at_T >= 0) & ~is_later_T
             for token in np.flatnonzero((at_T >= 0) & ~known_T).tolist():
-                known_T[token] = dead_N is None or not dead_N[first + part.postings.rows_of(at_T[token])].all()
+                dead_n = None if dead_N is None else dead_N[first : first + part.num_rows]
+                known_T[token] = dead_n is None or not dead_n[part.postings.rows_of(at_T[token])].all()
             # Rows of other parts are moved beside this one's, where no word stands: 32 bits may be too few for them.
             local_QKR = np.clip(rows_QKR - first, -1, part.num_rows).astype(np.int32)
             here_Q = np.any((local_QKR >= 0) & (local_QKR < part.num_rows), axis=(1, 2))

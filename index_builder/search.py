@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -21,11 +21,11 @@ from retro.errors import ConfigError, FormatError, MismatchError
 from retro.generate import Role
 
 logger = logging.getLogger(__name__)
-Method = Literal["dense", "bm25", "hybrid", "rerank"]
-"""By the encoder's vectors; by words; by both, their rankings fused; by vectors, the best of them re-ranked by words."""
-METHODS: tuple[str, ...] = get_args(Method)
 AUTO: Final = "auto"
-"""What finds answers to questions best in the index at hand, `question_method`."""
+Method = Literal["dense", "bm25", "hybrid", "rerank", "auto"]
+"""By the encoder's vectors; by words; by both, their rankings fused; by vectors, the best of them re-ranked by words; or what suits
+the state of the index and the text: `hybrid` for a question, where there is BM25, else `dense`."""
+METHODS: tuple[str, ...] = tuple(method for method in get_args(Method) if method != AUTO)
 CANDIDATES = 1 << 22
 """Rows looked at in one go, over all queries: bounds memory where one group is very large."""
 OVER_FETCH = 8
@@ -192,6 +192,8 @@ class Snapshot:
         def best(fetch: Callable[[NDArray[np.int64], int], Found], wanted: int) -> Found:
             return find_neighbors(fetch, len(queries), n, wanted, self.store.groups, excluded_QG)
 
+        if method == AUTO:
+            method = "hybrid" if role == "query" and self.lexical is not None else "dense"
         if method == "dense":
             return best(dense, k)
         if method == "bm25":
@@ -272,7 +274,7 @@ class Snapshot:
                 return 1.0
             first_P = random.integers(n, size=UNIT_PAIRS)
             second_P = (first_P + random.integers(1, n, size=UNIT_PAIRS)) % n
-            first_P, second_P = self.store.live_rows(first_P), self.store.live_rows(second_P)
+            first_P, second_P = self.store.live_rows(np.stack([first_P, second_P]))
             first_PX = self.vectors.gather(first_P)
             if (
                 self.index.metric == "inner product"
@@ -335,11 +337,6 @@ def distinct_passages(store: ChunkStore, rows: NDArray[np.int64], scores: NDArra
     return [store.passage(int(rows[place]), float(scores[place])) for place in order[:k]]
 
 
-def question_method(manifest: Mapping[str, Any]) -> Method:
-    """By what questions are looked up where nobody says: meaning and words, where the index has words."""
-    return "dense" if manifest["lexical"] is None else "hybrid"
-
-
 class IndexRetriever:
     """Passages of an index; implements `retro.generate.Retriever`.
 
@@ -355,7 +352,7 @@ class IndexRetriever:
         where: Filter | None = None,
         device: str = "cpu",
     ) -> None:
-        if method not in METHODS:
+        if method not in (*METHODS, AUTO):
             raise ConfigError(f"retriever {method!r} is unknown: use {', '.join(METHODS)}")
         self.folder = folder
         self._encoder: Encoder | None = None if callable(encoder) else encoder
@@ -368,7 +365,7 @@ class IndexRetriever:
         self._seen = _identity(folder)
         self._snapshot = Snapshot.open(folder, device=device)
         self._check_encoder(self._encoder)
-        if method != "dense":
+        if method not in ("dense", AUTO):
             self._snapshot._words()
 
     @classmethod
@@ -378,7 +375,7 @@ class IndexRetriever:
         *,
         device: str = "cpu",
         encoder: str | None = None,
-        method: Method | Literal["auto"] = "dense",
+        method: Method = "dense",
         where: Filter | str | None = None,
         dtype: str = "auto",
         trust_remote_code: bool = False,
@@ -389,7 +386,7 @@ class IndexRetriever:
             path: Folder made by `retro index build`.
             device: Where the encoder runs, and FAISS where it can.
             encoder: Where that encoder lies now, if not where it was.
-            method: How passages are found; `auto` is `question_method`.
+            method: How passages are found.
             where: What every search is confined to.
             dtype: In which the encoder computes.
             trust_remote_code: Whether code that comes with an encoder of the hub may run.
@@ -401,9 +398,7 @@ class IndexRetriever:
         """
         folder = Path(path)
         condition = Filter.parse(where) if isinstance(where, str) else where
-        manifest = open_manifest(folder, "index")
-        made_with = manifest["encoder"]
-        chosen = question_method(manifest) if method == AUTO else method
+        made_with = open_manifest(folder, "index")["encoder"]
 
         def reopen() -> Encoder:
             return Encoder.reopen(
@@ -411,8 +406,8 @@ class IndexRetriever:
             )
 
         # Who searches by words alone need not wait for an encoder, nor have it.
-        opened = reopen if chosen == "bm25" else reopen()
-        return cls(folder, opened, method=chosen, where=condition, device=device)
+        opened = reopen if method == "bm25" else reopen()
+        return cls(folder, opened, method=method, where=condition, device=device)
 
     @property
     def encoder(self) -> Encoder:

@@ -211,6 +211,7 @@ class ChunkStore:
         """First row of each shard, and the end."""
         self.dead_N: NDArray[np.bool_] | None = None
         """Whether each row is of a removed document; None where none is."""
+        self._num_dead = 0 if dead_rows is None else len(dead_rows)
         self.dead_documents: Int64s = np.empty(0, np.int64)
         """Numbers of the removed documents."""
         if dead_rows is not None and len(dead_rows):
@@ -233,7 +234,7 @@ class ChunkStore:
     @property
     def num_live_chunks(self) -> int:
         """Rows that a search can return."""
-        return self.num_chunks - (0 if self.dead_N is None else int(self.dead_N.sum()))
+        return self.num_chunks - self._num_dead
 
     def live_rows(self, numbers: Int64s) -> Int64s:
         """Rows of chunks that are counted without removed ones, 0 to `num_live_chunks` - 1; of any shape."""

@@ -595,9 +595,9 @@ def _open_answerer(
         return parts
 
     def search_by(name: str) -> None:
-        from index_builder.search import METHODS
+        from index_builder.search import AUTO, METHODS
 
-        if name not in METHODS:
+        if name not in (*METHODS, AUTO):
             raise ConfigError(f"retriever {name!r} is unknown: use {', '.join(METHODS)}")
         retriever.method = cast("Any", name)
 

@@ -257,7 +257,7 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
             "retro": {
                 "retrieval": service.can_retrieve,
                 "default_k": config.num_passages if service.can_retrieve else 0,
-                "retrievers": [] if library is None else _first(service.default_method, library.methods),
+                "retrievers": service.methods,
                 "documents": 0 if library is None else library.num_documents,
                 "admin": bool(service.keys.admins) and library is not None,
                 "max_k": config.max_passages,
@@ -275,11 +275,6 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
         """One model."""
         check_model(name)
         return described()
-
-
-def _first(first: str, names: list[str]) -> list[str]:
-    """The default in front."""
-    return sorted(names, key=lambda name: name != first)
 
 
 def _add_own_routes(app: FastAPI, service: Service) -> None:

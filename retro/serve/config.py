@@ -6,7 +6,6 @@ import ipaddress
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from index_builder.filters import Filter
 from index_builder.search import Method
@@ -28,8 +27,8 @@ class ServeConfig:
     allowed_origins: tuple[str, ...] = ()
     """Other web sites whose pages may ask, as in https://example.org."""
     model_name: str = "retro"
-    retriever: Method | Literal["auto"] = "auto"
-    """Where a request does not say; `auto`: completions by meaning, all else by `question_method`."""
+    retriever: Method = "auto"
+    """Where a request does not say."""
     where: str | None = None
     """What every search is confined to."""
     num_passages: int = 10

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from index_builder.build import config_of
 from index_builder.filters import Filter
 from index_builder.live import Changes, add_documents, remove_documents
-from index_builder.search import METHODS, IndexRetriever, Method, Snapshot, question_method
+from index_builder.search import METHODS, IndexRetriever, Method, Snapshot
 from retro.chunks import Passage
 from retro.errors import ConfigError, CorpusError
 from retro.generate import Role
@@ -120,8 +120,6 @@ class Library:
         """Of the state that was searched last."""
         self.methods: list[str] = []
         """How it can be searched."""
-        self.question_method: Method = "dense"
-        """How questions are, where nobody says."""
         self._retriever = self._open(self.name)
         self._state_lock = threading.Lock()
         self._turns = Turns()  # not every encoder may be used by several threads
@@ -144,7 +142,6 @@ class Library:
     def _note(self, manifest: Mapping[str, Any]) -> None:
         self.num_documents = int(manifest["documents"])
         self.methods = list(METHODS) if manifest["lexical"] is not None else ["dense"]
-        self.question_method = question_method(manifest)
         self._metrics.documents.set(self.num_documents)
 
     # --- searches

@@ -142,15 +142,15 @@ class Service:
         return self.library is not None and bool(self.model.network.config.cca_layers)
 
     @property
-    def default_method(self) -> Method:
-        """How questions are looked up where a request does not say."""
-        if self.config.retriever != AUTO:
-            return self.config.retriever
-        return "dense" if self.library is None else self.library.question_method
+    def methods(self) -> list[str]:
+        """How the index can be searched, the default for questions first."""
+        if self.library is None:
+            return []
+        default = self.config.retriever
+        first = default if default != AUTO else "hybrid" if "hybrid" in self.library.methods else "dense"
+        return sorted(self.library.methods, key=lambda name: name != first)
 
-    def search_of(
-        self, body: Any, key: Key, default_k: int, *, needs_model: bool = True, completes: bool = False
-    ) -> Search:
+    def search_of(self, body: Any, key: Key, default_k: int, *, needs_model: bool = True) -> Search:
         """Checks what a request asks of the index.
 
         Raises:
@@ -163,12 +163,10 @@ class Service:
         if k > 0 and not able:
             what = "an index" if self.library is None else "a model that reads passages"
             raise ApiError(400, f"k = {k}: this server has been started without {what}; send k = 0", param="k")
-        method: Method = body.retriever or (
-            "dense" if completes and self.config.retriever == AUTO else self.default_method
-        )
+        method: Method = body.retriever or self.config.retriever
         if self.library is None:
             return Search(k, method, None)
-        if method not in self.library.methods:
+        if method not in (*self.library.methods, AUTO):
             raise ApiError(
                 400,
                 f"the index cannot be searched by {method}: use {', '.join(self.library.methods)}",
@@ -193,7 +191,7 @@ class Service:
 
     async def plan_completion(self, body: CompletionRequest, key: Key) -> Plan:
         """What a completion takes."""
-        search = self.search_of(body, key, self.model.num_neighbors, completes=True)
+        search = self.search_of(body, key, self.model.num_neighbors)
         prompts = await self._prompts(body.prompt)
         max_tokens = self._max_tokens(body.max_tokens, COMPLETION_TOKENS, max(map(len, prompts)))
         retriever = None

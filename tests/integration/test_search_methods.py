@@ -192,8 +192,11 @@ def test_excluded_groups_are_never_found(index: Path, method: str) -> None:
 
 
 def test_an_index_with_words_is_searched_by_both_where_nobody_says(index: Path) -> None:
-    assert opened(index, "auto").method == "hybrid"
-    assert rows(opened(index, "auto"), 5) == rows(opened(index, "hybrid"), 5)
+    auto, dense, hybrid = (opened(index, method) for method in ("auto", "dense", "hybrid"))
+    assert rows(auto, 5) == rows(hybrid, 5) != rows(dense, 5)
+    # A text like the stored ones is looked up by meaning alone, as neighbors are in training.
+    as_texts = [[[p.row for p in few] for few in r.retrieve(QUESTIONS, 5)] for r in (auto, dense)]
+    assert as_texts[0] == as_texts[1]
 
 
 def test_a_retriever_that_is_confined_can_only_be_narrowed(index: Path) -> None:
@@ -212,7 +215,11 @@ def test_without_a_bm25_index_only_search_by_meaning_works(
     for method in ("bm25", "hybrid", "rerank"):
         with pytest.raises(ConfigError, match="has no BM25 index"):
             opened(tmp_path / "x.index", method)
-    assert opened(tmp_path / "x.index", "auto").method == "dense"
+    for role in ("query", "document"):
+        alone, auto = (
+            opened(tmp_path / "x.index", method).retrieve(["oil"], 3, role=role) for method in ("dense", "auto")
+        )
+        assert [p.row for p in auto[0]] == [p.row for p in alone[0]]
     with pytest.raises(ConfigError, match="retriever 'sparse' is unknown"):
         opened(tmp_path / "x.index", "sparse")
 

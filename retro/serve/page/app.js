@@ -306,9 +306,9 @@ async function start() {
   for (const form of ["ask", "search"]) {
     byId(`${form}-k`).max = server.retro.max_k;
     byId(`${form}-k`).value = server.retro.default_k || Math.min(10, server.retro.max_k);
-    const options = server.retro.retrievers.map((name) => {
+    const options = server.retro.retrievers.map((name, place) => {
       const option = element("option", "", RETRIEVERS[name] ? `${RETRIEVERS[name]} (${name})` : name);
-      option.value = name;
+      option.value = place === 0 ? "" : name; // the server's own choice holds for whatever index it has then
       return option;
     });
     byId(`${form}-retriever`).replaceChildren(...options);
