@@ -333,7 +333,7 @@ def qa(
     modes: Annotated[
         str, typer.Option(help="Of retrieval, shuffled, closed, gold, prompt and frequent; default: all that can be.")
     ] = "",
-    method: Method = "hybrid",
+    method: Method = "auto",
     k: Annotated[int, typer.Option("-k", help="Passages that are read; 0: none.")] = 10,
     neighbor_len: Annotated[int, typer.Option(help="Tokens of a passage that are read.")] = 160,
     where: Where = None,
@@ -407,7 +407,9 @@ def qa(
             opened,
             asked,
             config,
-            retriever=None if index is None or k == 0 else open_retriever(index, places, method, where),
+            retriever=None
+            if index is None or k == 0
+            else open_retriever(index, places, method, where, for_questions=True),
             gold=None if gold_index is None else open_retriever(gold_index, places, "dense"),
             prompted=prompted,
             training=training,

@@ -526,7 +526,7 @@ def questions(
     index: Annotated[Path, typer.Option(help="Index that the passages come from.")],
     out: Annotated[Path, typer.Option(help="Folder of the question data.")],
     k: Annotated[int, typer.Option("-k", help="Passages that are looked up for a question.")] = 20,
-    method: Method = "hybrid",
+    method: Method = "auto",
     where: Where = None,
     others: Annotated[
         float, typer.Option(help="Keep so many questions that no passage answers for each one that some passage does.")
@@ -559,7 +559,7 @@ def questions(
         num_passages=k, where=where, others=others, valid_share=valid_share, exclude=tuple(exclude or ()), limit=limit
     )
     opened = Tokenizer.load(tokenizer)
-    retriever = open_retriever(index, resolve_devices(device), method)
+    retriever = open_retriever(index, resolve_devices(device), method, for_questions=True)
     with bars() as progress:
         manifest = build_questions(
             files,
@@ -655,13 +655,20 @@ def cloze(
 # --- shared by the commands ---------------------------------------------------------------------------------------
 
 
-def open_retriever(index: Path, device: str, method: str, where: str | None = None) -> "IndexRetriever":
-    """Opens an index to search it as --retriever and --where say."""
-    from index_builder.search import AUTO, METHODS, IndexRetriever
+def open_retriever(
+    index: Path, device: str, method: str, where: str | None = None, *, for_questions: bool = False
+) -> "IndexRetriever":
+    """Opens an index to search it as --retriever and --where say.
 
-    return IndexRetriever.open(
-        index, device=device, method=choice(method, (*METHODS, AUTO), "--retriever"), where=where
-    )
+    `for_questions` settles now what `auto` stands for, where it is to be written down how passages were found.
+    """
+    from index_builder.search import AUTO, METHODS, IndexRetriever, settled
+    from retro.artifact import open_manifest
+
+    chosen: Any = choice(method, (*METHODS, AUTO), "--retriever")
+    if for_questions and chosen == AUTO:
+        chosen = settled(chosen, "query", has_words=open_manifest(index, "index")["lexical"] is not None)
+    return IndexRetriever.open(index, device=device, method=chosen, where=where)
 
 
 def _read_options(

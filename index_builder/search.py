@@ -42,6 +42,13 @@ Found = tuple[NDArray[np.float32], NDArray[np.int64]]
 """Scores and rows [Q, k], best first; -inf and -1 where there is no further row."""
 
 
+def settled(method: Method, role: Role, *, has_words: bool) -> Method:
+    """What `auto` stands for with texts of this role and an index with or without BM25; others as they are."""
+    if method != AUTO:
+        return method
+    return "hybrid" if role == "query" and has_words else "dense"
+
+
 def find_neighbors(
     fetch: Callable[[NDArray[np.int64], int], Found],
     num_queries: int,
@@ -192,8 +199,7 @@ class Snapshot:
         def best(fetch: Callable[[NDArray[np.int64], int], Found], wanted: int) -> Found:
             return find_neighbors(fetch, len(queries), n, wanted, self.store.groups, excluded_QG)
 
-        if method == AUTO:
-            method = "hybrid" if role == "query" and self.lexical is not None else "dense"
+        method = settled(method, role, has_words=self.lexical is not None)
         if method == "dense":
             return best(dense, k)
         if method == "bm25":

@@ -119,6 +119,22 @@ class ModelConfig:
             )
 
 
+RETRIEVAL_SIZES = frozenset(
+    {
+        "cca_layers",
+        "encoder_dim",
+        "encoder_layers",
+        "encoder_heads",
+        "encoder_head_dim",
+        "encoder_ffw_dim",
+        "encoder",
+        "cca_positions",
+        "encoder_conditioned",
+    }
+)
+"""Keys of ModelConfig that a decoder without retrieval does not depend on."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """How a model is trained."""
@@ -126,10 +142,15 @@ class TrainConfig:
     task: Task = "lm"
     """lm: to go on with text. qa: to answer questions from passages. chat: likewise, with the messages of a conversation before."""
     init: str = ""
-    """Folder of a model whose weights are those to begin with, of the same sizes. Empty: random weights."""
+    """Folder of a model whose weights are those to begin with; its decoder has the same sizes. A decoder without retrieval can
+    begin with that of a model with it, and the other way round: then chunked cross-attention and neighbor encoder are new, and
+    CCA's output begins as zero, so that the first loss is the decoder's. Empty: random weights."""
+    freeze_decoder: bool = False
+    """Only chunked cross-attention and neighbor encoder are trained (RETROfit, section 4.3): with retrieval off the model stays
+    what `init` is, bit for bit."""
     encoder: str = ""
     """A pretrained encoder (folder or name on the hub) whose weights and table of tokens are those to begin with, where
-    model.encoder = "bert" and there is no `init`. Training data have its tokenizer. Empty: random weights."""
+    model.encoder = "bert" and `init` has no encoder. Training data have its tokenizer. Empty: random weights."""
     data: str | tuple[str, ...] = ""
     """Folder made by `retro data` (qa, chat: by `retro cloze` or `retro questions`), or several, which are mixed by sequences."""
     data_weights: tuple[float, ...] = ()
@@ -426,6 +447,11 @@ class RunConfig:
             raise ConfigError(
                 f"dropout = {train.dropout:g} is for networks of our own; a base has settings of its own: set it to 0"
             )
+        if train.freeze_decoder and (self.base is not None or not train.init or not self.model.cca_layers):
+            raise ConfigError(
+                "freeze_decoder is for a decoder of our own that is there already, and for a model that retrieves: set train.init "
+                "and model.cca_layers (a [base] is frozen anyway)"
+            )
         if train.encoder and self.model.encoder != "bert":
             raise ConfigError(f"train.encoder = {train.encoder!r} needs model.encoder = 'bert'")
         if self.model.encoder == "bert" and M + train.neighbor_len > BERT_POSITIONS:
@@ -481,8 +507,8 @@ def load_run_config(
 ) -> RunConfig:
     """Resolves a run: a preset, then the TOML file's keys, then `--set` overrides such as `train.steps=100`.
 
-    The file may name a preset itself with a top-level `preset = "tiny"`. Where neither it nor [model] says anything, the sizes are
-    those of the model `train.init`.
+    The file may name a preset itself with a top-level `preset = "tiny"`. Without one, what [model] does not say is as in the model
+    `train.init`.
 
     Args:
         path: TOML file.
@@ -526,8 +552,8 @@ def load_run_config(
         base = config_to_dict(PRESETS[name])
     model = base["model"] | tables.get("model", {})
     init = tables.get("train", {}).get("init")
-    if init and isinstance(init, str) and not model:
-        model = _sizes_of(Path(init))
+    if init and isinstance(init, str) and name is None:
+        model = _sizes_of(Path(init)) | model
     if pretrained is not None and sizes is not None:
         of_base = sizes(pretrained)
         fixed = ("vocab_size", "dim", "num_layers", "tie_embeddings")

@@ -213,14 +213,24 @@ def _distance_flops(queries: float, distances: int, query_dim: int, inner: int) 
     return 2 * distances * query_dim * inner + 2 * queries * distances * inner
 
 
-def training_flops(forward: Flops, *, recomputed: bool = False) -> float:
+def training_flops(forward: Flops, *, recomputed: bool = False, frozen_through: float | None = None) -> float:
     """FLOPs of forward and backward pass: a product of matrices has two gradients, each of which costs as much as itself.
 
     Args:
         forward: Of the forward pass.
         recomputed: Count the second forward pass of activation checkpointing: hardware FLOPs. Model FLOPs leave it out.
+        frozen_through: None: all weights are trained. Else the decoder's are not, whose products then have the gradient of their
+            input alone, in this share of the decoder: `gradients_through`.
     """
-    return (4 if recomputed else 3) * forward.total
+    if frozen_through is None:
+        return (4 if recomputed else 3) * forward.total
+    backward = 2 * forward.retrieval + frozen_through * forward.decoder
+    return (2 if recomputed else 1) * forward.total + backward
+
+
+def gradients_through(config: ModelConfig) -> float:
+    """Share of the decoder's layers that gradients of chunked cross-attention run through: those from min(P) on."""
+    return (config.num_layers - min(config.cca_layers) + 1) / config.num_layers
 
 
 def mfu(flops_per_step: float, seconds: float, peak: float) -> float:
@@ -282,6 +292,7 @@ def training_memory(
     bfloat16: bool = True,
     ranks: int = 1,
     checkpointing: bool = False,
+    frozen_decoder: bool = False,
 ) -> Memory:
     """What training a network takes on each device.
 
@@ -298,6 +309,7 @@ def training_memory(
         bfloat16: Products in bfloat16 (autocast; with several ranks, gathered weights too), else in float32.
         ranks: Devices that share weights, gradients and moments (FSDP).
         checkpointing: Keep the inputs of the layers only and compute each layer again in the backward pass.
+        frozen_decoder: Encoder and CCA alone are trained. Activations are counted as if all were.
     """
     counts = parameter_counts(config)
     size = 2 if bfloat16 else 4
@@ -311,7 +323,8 @@ def training_memory(
     retrieval = bool(config.cca_layers and num_neighbors)
     neighbors = seq_len // config.chunk_len * num_neighbors if retrieval else 0
     activations = _activation_bytes(config, seq_len, neighbors, neighbor_len, size, checkpointing)
-    state = state_memory(counts.total, ranks=ranks)
+    frozen = counts.decoder + counts.embeddings + counts.head if frozen_decoder else 0
+    state = state_memory(counts.total - frozen, frozen, ranks=ranks)
     return Memory(
         weights=state.weights,
         gradients=state.gradients,

@@ -22,9 +22,9 @@ from retro.costs import (
     Memory,
     Parameters,
     device_peak_flops,
+    gradients_through,
     mfu,
     parameter_counts,
-    training_flops,
     training_memory,
 )
 from retro.data import Batch
@@ -40,6 +40,7 @@ from retro.train import (
     learning_rate,
     question_flops,
     resolve_device,
+    sequence_flops,
     setup,
     train_step,
 )
@@ -92,7 +93,7 @@ class BasePlan:
             inner=config.num_heads * config.head_dim,
             seq_len=seq_len,
         )
-        through = 1.0 if options.lora_rank else (config.num_layers - min(config.cca_layers) + 1) / config.num_layers
+        through = 1.0 if options.lora_rank else gradients_through(config)
         bits = 8 * next(model.base.parameters()).element_size()
         return cls(
             parameters=sum(p.numel() for p in model.parameters()),
@@ -131,7 +132,7 @@ class RunPlan:
     @property
     def flops_per_step(self) -> float:
         """Model FLOPs."""
-        of_sequence = training_flops(self.forward) if self.base is None else self.base.sequence_flops
+        of_sequence = sequence_flops(self.run, self.forward) if self.base is None else self.base.sequence_flops
         return of_sequence * self.run.train.batch_size
 
     def report(self) -> dict[str, Any]:
@@ -247,6 +248,7 @@ def measure_training(
             ranks=ranks.size,
             bfloat16=bfloat16,
             checkpointing=parts.model.checkpointing,
+            frozen_decoder=train.freeze_decoder,
         ),
     )
 

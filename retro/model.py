@@ -449,6 +449,16 @@ class Retro(nn.Module):
         for dropout in dropouts:
             dropout.p = share
 
+    def freeze_decoder(self) -> None:
+        """From now on only chunked cross-attention and neighbor encoder have gradients, see `TrainConfig.freeze_decoder`."""
+        added: list[Any] = [self.encoder, self.encoder_embedding]
+        for layer in self.layers:
+            added += [layer.cca_norm, layer.cca]
+        self.requires_grad_(requires_grad=False)
+        for module in added:
+            if module is not None:
+                module.requires_grad_(requires_grad=True)
+
     def checkpoint_activations(self, enable: bool = True) -> None:
         """From now on keeps little for the backward pass, at the price of a second forward pass; or all again."""
         self.checkpointing = enable

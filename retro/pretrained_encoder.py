@@ -43,7 +43,7 @@ def load_encoder(model: Any, name: str, tokenizer_fingerprint: str) -> None:
     """Gives a network the weights of a pretrained encoder: its layers', and its table of tokens, which is the decoder's as well.
 
     Args:
-        model: A `retro.model.Retro` with `encoder = "bert"`, initialized.
+        model: A `retro.model.Retro` with `encoder = "bert"`, initialized. Without cca_layers it gets the table only.
         name: A BERT of transformers or sentence-transformers: folder or name on the hub.
         tokenizer_fingerprint: Of the training data's tokenizer.
 
@@ -71,12 +71,17 @@ def load_encoder(model: Any, name: str, tokenizer_fingerprint: str) -> None:
         )
     given = {key: value for key, value in bert.state_dict().items() if not key.startswith("pooler.")}
     table_VE = given.pop("embeddings.word_embeddings.weight")
-    problems = shape_problems(shapes_of(model.encoder.bert.state_dict()), shapes_of(given))
+    problems = (
+        shape_problems(shapes_of(model.encoder.bert.state_dict()), shapes_of(given))
+        if model.encoder is not None
+        else []
+    )
     table_VE = table_VE[: model.config.vocab_size]  # some tables have more rows than their tokenizer has tokens
     if table_VE.shape != model.embedding.weight.shape:
         problems.append(f"the table is {list(table_VE.shape)} instead of {list(model.embedding.weight.shape)}")
     if problems:
         raise MismatchError(f"the encoder {name} does not fit the sizes in [model]: {'; '.join(problems[:3])}")
-    model.encoder.bert.load_state_dict(given)
+    if model.encoder is not None:
+        model.encoder.bert.load_state_dict(given)
     with torch.no_grad():
         model.embedding.weight.copy_(table_VE)

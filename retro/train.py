@@ -39,8 +39,16 @@ from retro.checkpoint import (
     save_training,
 )
 from retro.chunks import TrainingData
-from retro.config import ModelConfig, Precision, RunConfig, TrainConfig, config_to_dict
-from retro.costs import Flops, cpu_has_bfloat16, device_peak_flops, forward_flops, mfu, training_flops
+from retro.config import RETRIEVAL_SIZES, ModelConfig, Precision, RunConfig, TrainConfig, config_to_dict
+from retro.costs import (
+    Flops,
+    cpu_has_bfloat16,
+    device_peak_flops,
+    forward_flops,
+    gradients_through,
+    mfu,
+    training_flops,
+)
 from retro.data import Batch, Batches, Retrieval, prefetched
 from retro.distributed import ALONE, Ranks, joined, rank_device, shard, whole, whole_state, with_same_work
 from retro.errors import ConfigError, FormatError, MismatchError, TrainingError
@@ -84,7 +92,7 @@ follows the new cosine from where the run is. Another micro_batch_size, number o
 and compile give the same losses up to rounding (without dropout)."""
 
 
-LATER: dict[str, Any] = {"dropout": 0.0}
+LATER: dict[str, Any] = {"dropout": 0.0, "freeze_decoder": False}
 """Settings that runs begun before them did not have, and what these did: that is left out of recipes, so that they go on."""
 
 
@@ -181,13 +189,12 @@ def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
     if run.base is None:
         run = replace(run, model=replace(run.model, vocab_size=tokenizer.vocab_size))
     prints = [artifact.fingerprint(data.manifest["files"]) for data in _opened_data(corpora, questions)]
-    model = _network(run, tokenizer, device, dtype)
-    begun_with = _encoder_digests(model) if config.encoder and not config.init else {}
+    model, begun_with = _network(run, tokenizer, device, dtype)
     if config.activation_checkpointing:
         model.checkpoint_activations()
-    model.pointing = config.pointing
     if config.table_rate == 0:
         model.embedding.weight.requires_grad_(requires_grad=False)
+    model.pointing = config.pointing
     if ranks.size > 1:
         shard(model, device, dtype)
     model.to(device)
@@ -263,20 +270,42 @@ def open_question_batches(questions: Sequence[QuestionData], split: str, run: Ru
     )
 
 
-def _network(run: RunConfig, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype) -> Any:
-    """A network of our own, or one around a pretrained base, which is called alike; with initial weights."""
+def _network(
+    run: RunConfig, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, dict[str, str]]:
+    """A network of our own, or one around a pretrained base, which is called alike; with initial weights.
+
+    Besides the digests of what a pretrained encoder gave it, if one did.
+    """
     if run.base is not None:
         from retro.retrofit import trainable
 
-        return trainable(run.base, run.model, tokenizer, device=device, dtype=dtype, seed=run.train.seed)
-    if run.train.init:
-        model = _continued(run, tokenizer)
-    else:
-        model = Retro(run.model).initialize(torch.Generator().manual_seed(run.train.seed))
-        if run.train.encoder:
+        return trainable(run.base, run.model, tokenizer, device=device, dtype=dtype, seed=run.train.seed), {}
+    begun = _opened_init(run, tokenizer) if run.train.init else None
+    begun_with: dict[str, str] = {}
+    model = Retro(run.model)
+    if begun is None or begun.config != run.model:
+        model.initialize(torch.Generator().manual_seed(run.train.seed))
+        if run.train.encoder and (begun is None or run.model.cca_layers):
             load_encoder(model, run.train.encoder, tokenizer.fingerprint)
+            begun_with = _encoder_digests(model)
+    if begun is not None:
+        _begin_with(model, begun)
     model.drop_activations(run.train.dropout)
-    return model
+    if run.train.freeze_decoder:
+        model.freeze_decoder()
+    return model, begun_with
+
+
+def _begin_with(model: Retro, begun: Retro) -> None:
+    """Gives a network the weights that another has for it. What reads neighbors adds nothing yet where it is new."""
+    if model.config.cca_layers and not begun.config.cca_layers:
+        for layer in model.layers:
+            cca: Any = layer.cca
+            if cca is not None:
+                torch.nn.init.zeros_(cca.out.weight)
+    wanted = model.state_dict().keys()
+    model.load_state_dict({name: weight for name, weight in begun.state_dict().items() if name in wanted}, strict=False)
 
 
 def _template(run: RunConfig, questions: Sequence[QuestionData]) -> str | None:
@@ -295,16 +324,16 @@ def _template(run: RunConfig, questions: Sequence[QuestionData]) -> str | None:
 
 
 def _encoder_digests(model: Retro) -> dict[str, str]:
-    """Of what a pretrained encoder gives a network: its layers and its table of tokens."""
-    assert model.encoder is not None
-    return digests(model.encoder) | {f"embedding.{key}": value for key, value in digests(model.embedding).items()}
+    """Of what a pretrained encoder gives a network: its layers, where it reads neighbors, and its table of tokens."""
+    layers = digests(model.encoder) if model.encoder is not None else {}
+    return layers | {f"embedding.{key}": value for key, value in digests(model.embedding).items()}
 
 
-def _continued(run: RunConfig, tokenizer: Tokenizer) -> Retro:
-    """A network with the weights of a finished model.
+def _opened_init(run: RunConfig, tokenizer: Tokenizer) -> Retro:
+    """The finished model whose weights are those to begin with.
 
     Raises:
-        MismatchError: It has another tokenizer or other sizes than the run.
+        MismatchError: It has another tokenizer than the run, or other sizes where both have weights.
     """
     folder = Path(run.train.init)
     model, its_tokenizer, _ = load_model(folder)
@@ -312,15 +341,15 @@ def _continued(run: RunConfig, tokenizer: Tokenizer) -> Retro:
         raise MismatchError(
             f"the model {folder} has another tokenizer than the training data: make the data again with --tokenizer {folder}"
         )
-    if model.config != run.model:
-        wanted, has = config_to_dict(run.model), config_to_dict(model.config)
+    has, wanted = config_to_dict(model.config), config_to_dict(run.model)
+    if not (model.config.cca_layers and run.model.cca_layers):
+        has, wanted = ({k: v for k, v in sizes.items() if k not in RETRIEVAL_SIZES} for sizes in (has, wanted))
+    if has != wanted:
         raise MismatchError(
-            f"the model {folder} has other sizes than the run ({'; '.join(artifact.differing(has, wanted))}): leave [model] and "
-            "the preset out, then its own are taken"
+            f"the model {folder} has other sizes than the run ({'; '.join(artifact.differing(has, wanted))}): leave them out of "
+            "[model], and the preset, then its own are taken"
         )
-    network = Retro(run.model)  # of its own: what is opened is laid out for decoding
-    network.load_state_dict(model.state_dict())
-    return network
+    return model
 
 
 def _check_division(config: TrainConfig, ranks: Ranks) -> None:
@@ -1021,7 +1050,13 @@ def utilization(run: RunConfig, batch: Batch, step_s: float, peak: float) -> flo
         )
     else:
         forward = question_flops(run.model, batch)
-    return mfu(run.train.batch_size * training_flops(forward), step_s, peak)
+    return mfu(run.train.batch_size * sequence_flops(run, forward), step_s, peak)
+
+
+def sequence_flops(run: RunConfig, forward: Flops) -> float:
+    """FLOPs of forward and backward pass of a sequence of a run without a base."""
+    through = gradients_through(run.model) if run.train.freeze_decoder else None
+    return training_flops(forward, frozen_through=through)
 
 
 def question_flops(config: ModelConfig, batch: Batch) -> Flops:

@@ -121,6 +121,7 @@ class Library:
         self.methods: list[str] = []
         """How it can be searched."""
         self._retriever = self._open(self.name)
+        self._note(self._retriever.manifest)
         self._state_lock = threading.Lock()
         self._turns = Turns()  # not every encoder may be used by several threads
         self._people = threading.Lock()
@@ -312,9 +313,7 @@ class Library:
         logger.info("Index %s is open: %s documents", name, f"{opened.manifest['documents']:,}")
 
     def _open(self, name: str) -> IndexRetriever:
-        opened = IndexRetriever.open(self.indexes[name], device=self._device)
-        self._note(opened.manifest)
-        return opened
+        return IndexRetriever.open(self.indexes[name], device=self._device)
 
 
 def _in_turns(queries: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from index_builder.filters import Filter
-from index_builder.search import AUTO, Method
+from index_builder.search import AUTO, Method, settled
 from retro.answer import NEIGHBOR_LEN, answer_config, answer_prompt, passage_text, to_answer
 from retro.attribution import Explanation, explain
 from retro.chat import ChatFormat, last_user_message
@@ -146,8 +146,7 @@ class Service:
         """How the index can be searched, the default for questions first."""
         if self.library is None:
             return []
-        default = self.config.retriever
-        first = default if default != AUTO else "hybrid" if "hybrid" in self.library.methods else "dense"
+        first = settled(self.config.retriever, "query", has_words="hybrid" in self.library.methods)
         return sorted(self.library.methods, key=lambda name: name != first)
 
     def search_of(self, body: Any, key: Key, default_k: int, *, needs_model: bool = True) -> Search:

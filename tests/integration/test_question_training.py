@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from index_builder.questions import QuestionConfig, build_questions, find_answer
 from index_builder.search import IndexRetriever
 from retro.answer import answer_config, ask_many, passage_text, question_prompt, source_text
+from retro.artifact import read_manifest
 from retro.attribution import explain
 from retro.chat import ChatFormat, Message, chat_prompt
 from retro.checkpoint import load_model
@@ -29,7 +30,7 @@ from retro.errors import ConfigError, MismatchError
 from retro.generate import Prompt, generate
 from retro.metrics import METRICS, read_lines
 from retro.question_batches import QuestionBatches, Reading, WithReplay
-from retro.questions import QuestionData, QuestionWriter
+from retro.questions import KIND, QuestionData, QuestionWriter
 from retro.tokenizer import Tokenizer
 from retro.train import evaluate_answers, question_flops, setup, train
 
@@ -328,6 +329,19 @@ def test_malformed_records_are_refused_with_their_line(
     path.write_text(json.dumps({"question": "Who?", "answers": ["x"]}) + "\n" + json.dumps(line) + "\n")
     outcome = retro("questions", path, "--index", tiny_index, "--tokenizer", tokenizer_folder, "--out", tmp_path / "x")
     refused(outcome, f"{path}:2", message)
+
+
+def test_where_nobody_says_how_passages_are_found_it_is_written_down_and_needs_no_bm25(
+    tiny_index: Path, tiny_encoder: Path, tokenizer_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    by_meaning = tmp_path / "vectors.index"
+    done("index", "build", corpus, "--encoder", tiny_encoder, "--lexical", "off", "--out", by_meaning)
+    path = tmp_path / "asked.jsonl"
+    path.write_text('{"question": "When did the oil crisis begin?", "answers": ["1973"]}\n')
+    for index, method in ((tiny_index, "hybrid"), (by_meaning, "dense")):
+        out = tmp_path / method
+        done("questions", path, "--index", index, "--tokenizer", tokenizer_folder, "--out", out, "-k", 100)
+        assert read_manifest(out, KIND)["recipe"]["retriever"] == method
 
 
 # --- training -----------------------------------------------------------------------------------------------------

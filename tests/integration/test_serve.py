@@ -26,6 +26,8 @@ import torch
 from commands import command, refused
 from servers import ADMIN, OTHER, USER, Running, Start, starting, talkative_model, wait_until
 
+from index_builder.build import build_index
+from index_builder.config import BuildConfig
 from index_builder.encoder import Encoder
 from index_builder.live import add_documents
 from index_builder.search import IndexRetriever
@@ -827,6 +829,24 @@ def test_another_index_is_loaded_under_load_and_no_request_fails(
         unknown = admin.post("/v1/admin/reload", json={"index": str(other)})
         assert unknown.status_code == 400
         assert "use one of wiki, other" in unknown.json()["error"]["message"]
+
+
+def test_an_index_without_bm25_takes_the_place_of_one_with_it(start: Start, tiny_encoder: Path, tmp_path: Path) -> None:
+    """What a server can do, and what it does where nobody says how, is that of the index it has now."""
+    path = tmp_path / "news.jsonl"
+    path.write_text(json.dumps({"id": "z", "text": "Zanthorium melts at 12 degrees."}))
+    build_index([str(path)], tmp_path / "x.index", BuildConfig(encoder=str(tiny_encoder), lexical="off"))
+    with start(others={"vectors": tmp_path / "x.index"}) as server, server.http(ADMIN) as admin:
+        query = {"query": "zanthorium", "k": 1}
+        for name, methods in (("wiki", ["hybrid", "bm25", "dense", "rerank"]), ("vectors", ["dense"])):
+            assert admin.post("/v1/admin/reload", json={"index": name}).status_code == 200
+            described = admin.get("/v1/models").json()["data"][0]["retro"]["retrievers"]
+            assert (described[0], sorted(described)) == (methods[0], sorted(methods))
+            assert len(admin.post("/v1/search", json=query).json()["passages"]) == 1
+            by_words = admin.post("/v1/search", json=query | {"retriever": "hybrid"})
+            assert by_words.status_code == (200 if name == "wiki" else 400)
+        assert by_words.json()["error"]["message"] == "the index cannot be searched by hybrid: use dense"
+        assert admin.post("/v1/ask", json={"question": "What melts?", "k": 1}).status_code == 200
 
 
 # State, page and headers

@@ -341,7 +341,7 @@ FEW, MANY = ({"seq_len": 192, "num_neighbors": K, "neighbor_len": 128 // K} for 
     ],
 )
 def test_estimated_memory_is_what_a_step_holds_at_its_worst_moment(
-    config: ModelConfig, sizes: dict[str, int], checkpointing: bool, factor: float, bfloat16: bool
+    config: ModelConfig, sizes: dict[str, Any], checkpointing: bool, factor: float, bfloat16: bool
 ) -> None:
     model, batch = made(config), random_batch(config, batch_size=2, **sizes)
     if checkpointing:
