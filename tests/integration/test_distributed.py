@@ -293,6 +293,17 @@ def test_other_networks_with_checkpointed_activations(
     assert_same_losses(out, expected)
 
 
+def test_a_frozen_decoder_stays_as_it_is_on_two_ranks(data: Path, launcher: Launcher, tmp_path: Path) -> None:
+    plain = train(toy_run(data, tmp_path / "plain", model={"cca_layers": ()}, steps=2))
+    options: dict[str, Any] = {"init": str(plain), "freeze_decoder": True}
+    expected = train(toy_run(data, tmp_path / "alone", **CHANGES, **options))
+    out = launcher.finished(2, data, tmp_path / "m", **options)
+    assert_same_losses(out, expected)
+    fitted = safetensors.torch.load_file(out / WEIGHTS)
+    for name, weight in safetensors.torch.load_file(plain / WEIGHTS).items():
+        assert_close(fitted[name], weight, rtol=0, atol=0)
+
+
 def test_bfloat16_is_that_of_one_rank(data: Path, launcher: Launcher, tmp_path: Path) -> None:
     expected = losses(train(toy_run(data, tmp_path / "alone", **CHANGES | {"precision": "bfloat16"})))
     found = losses(launcher.finished(2, data, tmp_path / "m", precision="bfloat16"))
