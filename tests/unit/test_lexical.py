@@ -196,15 +196,20 @@ def test_a_word_that_is_asked_twice_counts_twice(tmp_path: Path) -> None:
 
 
 def naive_overlap(
-    rows: Sequence[Sequence[str]], query: Sequence[str], passage: Sequence[int], counted: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str]],
+    query: Sequence[str],
+    passage: Sequence[int],
+    counted: Sequence[Sequence[str]],
+    known: Sequence[Sequence[str]],
 ) -> float:
-    """Weights of the query's words that stand in rows of a passage, over the root of those of all that any row has."""
+    """Weights of the query's words that stand in rows of a passage, over the root of those of all that a known row has."""
     found = total = 0.0
     for word in query:
         df = sum(word in row for row in counted)
         weight = math.log(1 + (len(counted) - df + 0.5) / (df + 0.5))
-        total += weight * any(word in row for row in rows)
-        found += weight * any(word in rows[row] for row in passage if row >= 0)
+        total += weight * any(word in row for row in known)
+        here = any(word in rows[row] for row in passage if row >= 0)
+        found += weight * here * any(word in row for row in known)
     return found / math.sqrt(total) if total else 0.0
 
 
@@ -228,19 +233,24 @@ def test_overlap_is_the_weight_of_the_words_that_stand_in_any_row_of_a_passage(
             max_size=len(queries),
         )
     )
+    total = len(texts) + len(added)
+    dead_N = np.array(data.draw(st.lists(st.booleans(), min_size=total, max_size=total)), np.bool_)
     with TemporaryDirectory() as name:
         folder = Path(name) / "lexical"
         names = LexicalIndex.build(folder, in_shards(texts, *sizes), language="none", part_postings=1)
         LexicalIndex.add_part(folder, "new", added)
-        overlap_QK = LexicalIndex.open(folder, [*names, "new"]).overlap(queries, np.array(passages_QKR, np.int64))
+        index = LexicalIndex.open(folder, [*names, "new"])
+        overlaps = [index.overlap(queries, np.array(passages_QKR, np.int64), mask) for mask in (None, dead_N)]
     old = [text.split() for text in texts]
     rows = [*old, *(text.split() for text in added)]
-    expected_QK = [
-        [naive_overlap(rows, query.split(), passage, old) for passage in passages_K]
-        for query, passages_K in zip(queries, passages_QKR, strict=True)
-    ]
-    assert overlap_QK.dtype == np.float32
-    np.testing.assert_allclose(overlap_QK, expected_QK, rtol=2e-6)
+    for mask, overlap_QK in zip((np.zeros_like(dead_N), dead_N), overlaps, strict=True):
+        known = [*old, *(row for row, dead in zip(rows[len(old) :], mask[len(old) :], strict=True) if not dead)]
+        expected_QK = [
+            [naive_overlap(rows, query.split(), passage, old, known) for passage in passages_K]
+            for query, passages_K in zip(queries, passages_QKR, strict=True)
+        ]
+        assert overlap_QK.dtype == np.float32
+        np.testing.assert_allclose(overlap_QK, expected_QK, rtol=2e-6)
 
 
 def test_overlap_by_hand(tmp_path: Path) -> None:
