@@ -2,12 +2,7 @@
 
 It is what retrieval by cross-attention is to be compared with. The prompt:
 
-    Answer the last question from the passages, with a name, a number or a few words.
-
-    Question: What is the capital of France?
-    Answer: Paris
-
-    (two more of the kind)
+    Answer the question from the passages, in a few words.
 
     Passage 1: Warsaw: Warsaw is the capital and largest city of Poland ...
 
@@ -16,11 +11,9 @@ It is what retrieval by cross-attention is to be compared with. The prompt:
     Question: What is the capital of Poland?
     Answer:
 
-Where a tokenizer has a chat template, questions are what the user says and answers what the assistant says. The answer is what is
-most probable, up to the first line's end. Without the examples, small models answer in whole sentences: docs/decisions.md.
+Where a tokenizer has a chat template, this is what the user says. The answer is what is most probable, up to the first line's end.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,39 +29,20 @@ from retro.config import BaseConfig, GenerateConfig
 from retro.errors import ConfigError
 from retro.generate import Generation
 
-EXAMPLES = (
-    ("What is the capital of France?", "Paris"),
-    ("Who wrote Hamlet?", "William Shakespeare"),
-    ("In which year did the First World War begin?", "1914"),
-)
-"""They show how long an answer is to be."""
 
-
-def turns(question: str, passages: Sequence[Passage]) -> list[str]:
-    """What the user and the assistant say in turn; without passages the question is what the model knows.
+def paste(question: str, passages: Sequence[Passage]) -> str:
+    """The prompt; without passages it asks for what the model knows.
 
     Raises:
         ConfigError: The question is empty.
     """
     question_prompt(question)
-    source = " from the passages" if passages else ""
-    told = f"Answer the last question{source}, with a name, a number or a few words."
+    told = (
+        "Answer the question from the passages, in a few words." if passages else "Answer the question in a few words."
+    )
     texts = [f"{p.title}: {_line(p.full_text)}" if p.title else _line(p.full_text) for p in passages]
     numbered = [f"Passage {number}: {text}" for number, text in enumerate(texts, 1)]
-    said = [text for asked, answer in EXAMPLES for text in (_asked(asked), answer)]
-    said[0] = f"{told}\n\n{said[0]}"
-    return [*said, "\n\n".join([*numbered, _asked(question)])]
-
-
-def _asked(question: str) -> str:
-    return f"Question: {_line(question)}\nAnswer:"
-
-
-def paste(question: str, passages: Sequence[Passage]) -> str:
-    """The same as one text, for models that know no turns."""
-    *said, last = turns(question, passages)
-    pairs = zip(said[::2], said[1::2], strict=True)
-    return "\n\n".join([*(f"{asked} {answer}" for asked, answer in pairs), last])
+    return "\n\n".join([told, *numbered, f"Question: {_line(question)}\nAnswer:"])
 
 
 class PromptedModel:
@@ -168,17 +142,14 @@ class PromptedModel:
 
     def prompt_ids(self, question: str, passages: Sequence[Passage]) -> list[int]:
         """Tokens of the prompt, in the chat template where there is one."""
+        text = paste(question, passages)
         if getattr(self.tokenizer, "chat_template", None):
-            roles = itertools.cycle(("user", "assistant"))
-            said = [
-                {"role": role, "content": text} for role, text in zip(roles, turns(question, passages), strict=False)
-            ]
             # A model that thinks first would have no answer in its first line.
             text = self.tokenizer.apply_chat_template(
-                said, tokenize=False, add_generation_prompt=True, enable_thinking=False
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=False
             )
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return list(self.tokenizer(paste(question, passages))["input_ids"])
+        return list(self.tokenizer(text)["input_ids"])
 
     def _fit(
         self, question: str, passages: Sequence[Passage], max_new_tokens: int

@@ -1,7 +1,6 @@
 """Passages pasted into the prompt of models of transformers, against a loop that reads all tokens anew for each token."""
 
 import functools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def bytes_tokenizer(template: str | None = None) -> Any:
 def network(kind: str, positions: int = 512) -> Any:
     """Large random weights; it says some letters, a space, line ends and EOS."""
     sizes: dict[str, Any] = {"vocab_size": 258, "tie_word_embeddings": False}
-    torch.manual_seed(4)
+    torch.manual_seed(3)
     if kind == "gpt2":
         config: Any = transformers.GPT2Config(
             **sizes, n_embd=16, n_layer=2, n_head=2, n_positions=positions, eos_token_id=builders.toy_tokenizer().eos_id
@@ -128,20 +127,13 @@ def test_answers_of_a_batch_are_those_of_a_plain_loop(kind: str) -> None:
 
 
 def test_the_prompt_has_numbered_passages_the_question_and_a_place_for_the_answer() -> None:
-    examples = (
-        "Question: What is the capital of France?\nAnswer: Paris\n\n"
-        "Question: Who wrote Hamlet?\nAnswer: William Shakespeare\n\n"
-        "Question: In which year did the First World War begin?\nAnswer: 1914\n\n"
-    )
     assert paste("Who \n was it?", PASSAGES[:2]) == (
-        "Answer the last question from the passages, with a name, a number or a few words.\n\n"
-        + examples
-        + "Passage 1: "
-        "The cat: one and more\n\nPassage 2: two of them and more\n\nQuestion: Who was it?\nAnswer:"
+        "Answer the question from the passages, in a few words.\n\n"
+        "Passage 1: The cat: one and more\n\n"
+        "Passage 2: two of them and more\n\n"
+        "Question: Who was it?\nAnswer:"
     )
-    assert paste("Who?", []) == (
-        "Answer the last question, with a name, a number or a few words.\n\n" + examples + "Question: Who?\nAnswer:"
-    )
+    assert paste("Who?", []) == "Answer the question in a few words.\n\nQuestion: Who?\nAnswer:"
     with pytest.raises(ConfigError, match="the question is empty"):
         paste(" ", PASSAGES)
 
@@ -151,12 +143,7 @@ def test_a_chat_template_is_used_where_there_is_one() -> None:
     text = paste("Who?", PASSAGES)
     assert bytes_tokenizer().decode(plain.prompt_ids("Who?", PASSAGES), skip_special_tokens=True) == text
     said = bytes_tokenizer().decode(chat.prompt_ids("Who?", PASSAGES))
-    asked = ["What is the capital of France?", "Who wrote Hamlet?", "In which year did the First World War begin?"]
-    pieces = re.split("<(user|assistant)>", said)[1:]
-    assert pieces[::2] == ["user", "assistant"] * 4
-    assert [piece.partition("Question: ")[2] for piece in pieces[1:-2:4]] == [f"{q}\nAnswer:" for q in (*asked, "Who?")]
-    assert pieces[3::4] == ["Paris", "William Shakespeare", "1914", "<quick>"]
-    assert pieces[13].startswith("Passage 1: The cat: one")
+    assert said == f"<user>{text}<assistant><quick>"
 
 
 def test_passages_that_do_not_fit_are_left_out_from_the_last() -> None:
