@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -205,6 +205,8 @@ def measure_language_model(
         losses = [float(s.loss_n.sum()) for s in base_scored]
         figures["bits per byte, baseline"] = bits_figure(losses, [d.num_bytes for d in base_read], config.seed)
         units["loss_baseline_nats"] = losses
+        if "bytes_seeing" in units and baseline.tokenizer.fingerprint == opened.tokenizer.fingerprint:
+            _add_seeing("baseline", base_scored, seeing, figures, units, config.seed)
     _add_differences(units, figures, config.seed)
     curves: dict[str, Curve] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -276,11 +278,22 @@ def _add_mode(
         for name, value in perplexities(scored, read).items():
             figures[f"perplexity {name}, retrieval {mode}"] = Figure(value=value, unit="", count=len(read))
     if "bytes_seeing" in units:
-        seen = [float(s.loss_n[which].sum()) for s, which in zip(scored, seeing, strict=True)]
-        units[f"loss_{mode}_seeing_nats"] = seen
-        figures[f"bits per byte, retrieval {mode}, tokens that can see neighbors"] = bits_figure(
-            seen, units["bytes_seeing"], seed
-        )
+        _add_seeing(mode, scored, seeing, figures, units, seed)
+
+
+def _add_seeing(
+    mode: Mode | Literal["baseline"],
+    scored: list[Scored],
+    seeing: list[NDArray[np.bool_]],
+    figures: dict[str, Figure],
+    units: dict[str, list[Any]],
+    seed: int,
+) -> None:
+    """The same tokens for all, whether this one reads neighbors or not."""
+    seen = [float(s.loss_n[which].sum()) for s, which in zip(scored, seeing, strict=True)]
+    units[f"loss_{mode}_seeing_nats"] = seen
+    name = mode if mode == "baseline" else f"retrieval {mode}"
+    figures[f"bits per byte, {name}, tokens that can see neighbors"] = bits_figure(seen, units["bytes_seeing"], seed)
 
 
 def _bytes_of(document: EvalDocument, which_n: NDArray[np.bool_], M: int) -> float:

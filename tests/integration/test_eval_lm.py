@@ -87,6 +87,21 @@ def test_a_model_is_measured_with_retrieval_on_off_shuffled_and_beside_its_basel
     assert read.fingerprints["model"] != read.fingerprints["baseline"]
 
 
+def test_a_baseline_is_measured_over_the_tokens_that_can_see_neighbors_too(made: Path) -> None:
+    """A model beside itself with retrieval off has the same figures twice."""
+    options = ["--index", made / "wiki.index", "--modes", "on,off", "--baseline", made / "retro.model", "--json"]
+    figures = json.loads(done("eval", "lm", made / "retro.model", made / "test.jsonl", *options).out)["figures"]
+    seeing = ", tokens that can see neighbors"
+    names = (
+        ("bits per byte, baseline", "bits per byte, retrieval off"),
+        ("retrieval on against baseline", "retrieval on against off"),
+    )
+    for first, second in names:
+        for which in ("", seeing):
+            assert figures[first + which] == figures[second + which]
+        assert figures[first]["value"] != figures[first + seeing]["value"]
+
+
 def test_k_0_is_retrieval_off_and_needs_no_index(made: Path) -> None:
     record = json.loads(done("eval", "lm", made / "retro.model", made / "test.jsonl", "-k", 0, "--json").out)
     off = json.loads(done("eval", "lm", made / "retro.model", made / "test.jsonl", "--modes", "off", "--json").out)
