@@ -87,8 +87,14 @@ def main() -> None:
     options = parser.parse_args()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / "test.jsonl").is_file():
+    cut_for = out / "articles.txt"
+    if not cut_for.is_file():
         cut(options.corpus, out, options.articles)
+        cut_for.write_text(str(options.articles), encoding="utf-8")
+    if cut_for.read_text(encoding="utf-8") != str(options.articles):
+        sys.exit(
+            f"{out} was made with --articles {cut_for.read_text(encoding='utf-8')}: give the same, or another --out"
+        )
     if not (out / "static").is_dir():
         make_encoder(out / "static")
     tokens = f"--tokenizer {DEFAULT_ENCODER}"

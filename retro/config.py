@@ -147,10 +147,11 @@ class TrainConfig:
     CCA's output begins as zero, so that the first loss is the decoder's. Empty: random weights."""
     freeze_decoder: bool = False
     """Only chunked cross-attention and neighbor encoder are trained (RETROfit, section 4.3): with retrieval off the model stays
-    what `init` is, bit for bit."""
+    what `init` is, bit for bit, so that neighbor_dropout may be 0; table_rate says nothing then."""
     encoder: str = ""
     """A pretrained encoder (folder or name on the hub) whose weights and table of tokens are those to begin with, where
-    model.encoder = "bert" and `init` has no encoder. Training data have its tokenizer. Empty: random weights."""
+    model.encoder = "bert" and `init` has no encoder (the table is then that of `init`). Training data have its tokenizer. Empty:
+    random weights."""
     data: str | tuple[str, ...] = ""
     """Folder made by `retro data` (qa, chat: by `retro cloze` or `retro questions`), or several, which are mixed by sequences."""
     data_weights: tuple[float, ...] = ()

@@ -213,24 +213,37 @@ def _distance_flops(queries: float, distances: int, query_dim: int, inner: int) 
     return 2 * distances * query_dim * inner + 2 * queries * distances * inner
 
 
-def training_flops(forward: Flops, *, recomputed: bool = False, frozen_through: float | None = None) -> float:
+def training_flops(forward: Flops, *, recomputed: bool = False) -> float:
     """FLOPs of forward and backward pass: a product of matrices has two gradients, each of which costs as much as itself.
 
     Args:
         forward: Of the forward pass.
         recomputed: Count the second forward pass of activation checkpointing: hardware FLOPs. Model FLOPs leave it out.
-        frozen_through: None: all weights are trained. Else the decoder's are not, whose products then have the gradient of their
-            input alone, in this share of the decoder: `gradients_through`.
     """
-    if frozen_through is None:
-        return (4 if recomputed else 3) * forward.total
-    backward = 2 * forward.retrieval + frozen_through * forward.decoder
-    return (2 if recomputed else 1) * forward.total + backward
+    return (4 if recomputed else 3) * forward.total
 
 
-def gradients_through(config: ModelConfig) -> float:
-    """Share of the decoder's layers that gradients of chunked cross-attention run through: those from min(P) on."""
-    return (config.num_layers - min(config.cca_layers) + 1) / config.num_layers
+def frozen_training_flops(config: ModelConfig, forward: Flops, *, seq_len: int) -> float:
+    """The same where chunked cross-attention and neighbor encoder alone are trained.
+
+    A frozen matrix hands on the gradient of its input and has none itself; products of two activations have both gradients. There
+    are none below the first chunked cross-attention, in whose layer only the feed-forward comes after it.
+
+    Args:
+        config: The network.
+        forward: Of the forward pass over a sequence.
+        seq_len: T.
+    """
+    if not forward.retrieval:
+        return forward.total
+    inner = config.num_heads * config.head_dim
+    above = config.num_layers - min(config.cca_layers)
+    attention = 8 * seq_len * config.dim * inner + 8 * seq_len**2 * inner
+    if config.positions == "relative":
+        attention += 2 * seq_len**2 * inner
+    feed_forward = forward.feed_forward / config.num_layers
+    backward = forward.head + (above + 1) * feed_forward + above * attention + 2 * forward.retrieval
+    return forward.total + backward
 
 
 def mfu(flops_per_step: float, seconds: float, peak: float) -> float:
@@ -323,7 +336,7 @@ def training_memory(
     retrieval = bool(config.cca_layers and num_neighbors)
     neighbors = seq_len // config.chunk_len * num_neighbors if retrieval else 0
     activations = _activation_bytes(config, seq_len, neighbors, neighbor_len, size, checkpointing)
-    frozen = counts.decoder + counts.embeddings + counts.head if frozen_decoder else 0
+    frozen = counts.decoder + head + counts.head if frozen_decoder else 0
     state = state_memory(counts.total - frozen, frozen, ranks=ranks)
     return Memory(
         weights=state.weights,

@@ -22,7 +22,6 @@ from retro.costs import (
     Memory,
     Parameters,
     device_peak_flops,
-    gradients_through,
     mfu,
     parameter_counts,
     training_memory,
@@ -93,7 +92,7 @@ class BasePlan:
             inner=config.num_heads * config.head_dim,
             seq_len=seq_len,
         )
-        through = 1.0 if options.lora_rank else gradients_through(config)
+        through = 1.0 if options.lora_rank else (config.num_layers - min(config.cca_layers) + 1) / config.num_layers
         bits = 8 * next(model.base.parameters()).element_size()
         return cls(
             parameters=sum(p.numel() for p in model.parameters()),
@@ -120,6 +119,8 @@ class RunPlan:
     """Share of the chunks that have neighbors, `neighbor_dropout` included."""
     forward: Flops
     """Of a sequence, on average."""
+    sequence_flops: float
+    """Of a sequence, forward and backward."""
     peak: float | None
     """FLOP/s of all devices; None where nobody knows, or where products are not in bfloat16."""
     measured_memory: int
@@ -132,8 +133,7 @@ class RunPlan:
     @property
     def flops_per_step(self) -> float:
         """Model FLOPs."""
-        of_sequence = sequence_flops(self.run, self.forward) if self.base is None else self.base.sequence_flops
-        return of_sequence * self.run.train.batch_size
+        return self.sequence_flops * self.run.train.batch_size
 
     def report(self) -> dict[str, Any]:
         """Plain data, for people and programs."""
@@ -228,6 +228,7 @@ def measure_training(
         if batch.keep_BLKR is not None:
             K, R = batch.keep_BLKR.shape[2:]
             T = max(T, parts.run.model.chunk_len * int(batch.keep_BLKR.flatten(2).any(dim=2).sum(dim=1).max()))
+    base = None if parts.run.base is None else BasePlan.of(parts, forward, T)
     return RunPlan(
         run=parts.run,
         device=f"{f'{ranks.size} x ' if ranks.size > 1 else ''}{name}, {'bfloat16' if bfloat16 else 'float32'}",
@@ -236,7 +237,8 @@ def measure_training(
         steps_done=state.step,
         retrieving=retrieving,
         forward=forward,
-        base=None if parts.run.base is None else BasePlan.of(parts, forward, T),
+        sequence_flops=sequence_flops(parts.run, forward, T) if base is None else base.sequence_flops,
+        base=base,
         peak=None if peak is None else peak * ranks.size,
         measured_memory=used,
         memory=training_memory(
@@ -281,7 +283,10 @@ def _timed(parts: Setup, state: TrainingState, seconds: float, progress: Callabl
     def step(sequences: int) -> tuple[float, StepResult]:
         nonlocal sequence
         begun = time.monotonic()
-        batch = parts.batches.batch(*ranks.part(sequence, sequences), neighbor_dropout=config.neighbor_dropout)
+        # Around a frozen decoder, sequences without neighbors have no backward pass: a few would say nothing of the others.
+        is_few = sequences < config.batch_size and (config.freeze_decoder or parts.run.base is not None)
+        dropout = 0.0 if is_few else config.neighbor_dropout
+        batch = parts.batches.batch(*ranks.part(sequence, sequences), neighbor_dropout=dropout)
         result = _step(parts, batch, config, state.step + 1)
         if parts.device.type == "cuda":
             torch.cuda.synchronize(parts.device)

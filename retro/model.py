@@ -16,6 +16,7 @@ devices.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -352,8 +353,13 @@ class Retro(nn.Module):
             return _cross_entropy(self.logits(hidden_BTD.flatten(0, 1)), targets_N), loss_BT.sum()
         hidden_ND, targets_N = hidden_BTD[loss_BT], targets_BT[loss_BT]
         rows = max(1, LOGITS_PER_PART["cuda" if hidden_ND.is_cuda else "cpu"] // self.config.vocab_size)
+        logits, table_VD = self.logits, self.embedding.weight if self.head is None else self.head.weight
+        device = hidden_ND.device.type
+        if torch.is_autocast_enabled(device) and not table_VD.requires_grad:
+            # Autocast remembers casts of what is trained only: a frozen table would be cast, and kept, once for every part.
+            logits = partial(F.linear, weight=table_VD.to(torch.get_autocast_dtype(device)))
         parts = [
-            _cross_entropy(self.logits(part_ND), part_N)
+            _cross_entropy(logits(part_ND), part_N)
             for part_ND, part_N in zip(torch.split(hidden_ND, rows), torch.split(targets_N, rows), strict=True)
         ]
         return torch.stack(parts).sum(), loss_BT.sum()

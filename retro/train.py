@@ -45,7 +45,7 @@ from retro.costs import (
     cpu_has_bfloat16,
     device_peak_flops,
     forward_flops,
-    gradients_through,
+    frozen_training_flops,
     mfu,
     training_flops,
 )
@@ -92,6 +92,8 @@ follows the new cosine from where the run is. Another micro_batch_size, number o
 and compile give the same losses up to rounding (without dropout)."""
 
 
+ALIKE = 0.5
+"""Mean cosine of the rows of two tables of tokens from which on an encoder of the one understands the other."""
 LATER: dict[str, Any] = {"dropout": 0.0, "freeze_decoder": False}
 """Settings that runs begun before them did not have, and what these did: that is left out of recipes, so that they go on."""
 
@@ -290,6 +292,13 @@ def _network(
             load_encoder(model, run.train.encoder, tokenizer.fingerprint)
             begun_with = _encoder_digests(model)
     if begun is not None:
+        if begun_with and _likeness(model.embedding.weight, begun.embedding.weight) < ALIKE:
+            logger.warning(
+                "the table of tokens is that of %s, which the encoder %s does not know: train both with the same encoder, or this "
+                "one without train.encoder",
+                run.train.init,
+                run.train.encoder,
+            )
         _begin_with(model, begun)
     model.drop_activations(run.train.dropout)
     if run.train.freeze_decoder:
@@ -297,15 +306,22 @@ def _network(
     return model, begun_with
 
 
+def _likeness(first_VE: Tensor, second_VE: Tensor) -> float:
+    """Mean cosine of the rows of two tables."""
+    return float(torch.nn.functional.cosine_similarity(first_VE.detach(), second_VE.detach(), dim=1).mean())
+
+
 def _begin_with(model: Retro, begun: Retro) -> None:
     """Gives a network the weights that another has for it. What reads neighbors adds nothing yet where it is new."""
-    if model.config.cca_layers and not begun.config.cca_layers:
+    is_new = bool(model.config.cca_layers) and not begun.config.cca_layers
+    if is_new:
         for layer in model.layers:
             cca: Any = layer.cca
             if cca is not None:
                 torch.nn.init.zeros_(cca.out.weight)
     wanted = model.state_dict().keys()
-    model.load_state_dict({name: weight for name, weight in begun.state_dict().items() if name in wanted}, strict=False)
+    given = {name: weight for name, weight in begun.state_dict().items() if name in wanted}
+    model.load_state_dict(given, strict=not is_new)
 
 
 def _template(run: RunConfig, questions: Sequence[QuestionData]) -> str | None:
@@ -337,6 +353,11 @@ def _opened_init(run: RunConfig, tokenizer: Tokenizer) -> Retro:
     """
     folder = Path(run.train.init)
     model, its_tokenizer, _ = load_model(folder)
+    if not isinstance(model, Retro):
+        raise ConfigError(
+            f"train.init = {str(folder)!r} is a pretrained model with retrieval (RETROfit), which no training can begin with: give "
+            "its base as --base"
+        )
     if its_tokenizer.fingerprint != tokenizer.fingerprint:
         raise MismatchError(
             f"the model {folder} has another tokenizer than the training data: make the data again with --tokenizer {folder}"
@@ -475,7 +496,8 @@ def train_step(
         if loss_sum.requires_grad:  # around a frozen base nothing does where no sequence has neighbors
             (loss_sum / (tokens / ranks.size)).backward()  # type: ignore[no-untyped-call]  # FSDP averages over the ranks
         loss += loss_sum.detach() / tokens
-    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+    # Where nothing has a gradient, the norm is a zero on the CPU.
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)).to(device)
     own_loss_nats, grad_norm = torch.stack([loss, norm]).tolist()
     (loss_nats,) = ranks.total(own_loss_nats)
     if not (math.isfinite(loss_nats) and math.isfinite(grad_norm)):
@@ -1050,13 +1072,15 @@ def utilization(run: RunConfig, batch: Batch, step_s: float, peak: float) -> flo
         )
     else:
         forward = question_flops(run.model, batch)
-    return mfu(run.train.batch_size * sequence_flops(run, forward), step_s, peak)
+    of_sequence = sequence_flops(run, forward, batch.inputs_BT.shape[1])
+    return mfu(run.train.batch_size * of_sequence, step_s, peak)
 
 
-def sequence_flops(run: RunConfig, forward: Flops) -> float:
-    """FLOPs of forward and backward pass of a sequence of a run without a base."""
-    through = gradients_through(run.model) if run.train.freeze_decoder else None
-    return training_flops(forward, frozen_through=through)
+def sequence_flops(run: RunConfig, forward: Flops, seq_len: int) -> float:
+    """FLOPs of forward and backward pass of a sequence of so many slots, of a run without a base."""
+    if run.train.freeze_decoder:
+        return frozen_training_flops(run.model, forward, seq_len=seq_len)
+    return training_flops(forward)
 
 
 def question_flops(config: ModelConfig, batch: Batch) -> Flops:

@@ -32,6 +32,7 @@ from retro.costs import (
     Memory,
     device_peak_flops,
     forward_flops,
+    frozen_training_flops,
     mfu,
     parameter_counts,
     state_memory,
@@ -165,6 +166,19 @@ def test_a_step_has_three_times_the_flops_of_its_forward_pass(name: str) -> None
     with counted() as counter:
         model(**batch).backward()
     assert training_flops(forward_flops(config, **SIZES)) * 2 == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["rotary", "deep", "unconditioned", "bert"])
+def test_a_step_around_a_frozen_decoder_has_the_flops_that_pytorch_counts(name: str) -> None:
+    config = CONFIGS[name]
+    model, batch = made(config), random_batch(config, batch_size=2, **SIZES)
+    model.freeze_decoder()
+    with counted() as counter:
+        model(**batch).backward()
+    expected = frozen_training_flops(config, forward_flops(config, **SIZES), seq_len=SIZES["seq_len"])
+    assert 2 * expected == counter.get_total_flops()
+    without = forward_flops(config, **SIZES | {"num_neighbors": 0})
+    assert frozen_training_flops(config, without, seq_len=SIZES["seq_len"]) == without.total
 
 
 def test_checkpointing_recomputes_all_but_the_head_and_the_last_matrix_of_each_layer() -> None:
@@ -639,6 +653,7 @@ def test_utilization_of_a_known_gpu_is_reported(run: RunConfig) -> None:
         steps_done=0,
         retrieving=1.0,
         forward=Flops(attention=1e13, feed_forward=2e13, head=0.0, encoder=5e12, cca=5e12),
+        sequence_flops=12e13,
         peak=989e12,
         measured_memory=1,
         memory=Memory(weights=1),
