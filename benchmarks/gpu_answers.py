@@ -73,7 +73,8 @@ from retro.config import RunConfig, config_to_dict, load_run_config
 from retro.data import Batch, Batches, Retrieval
 from retro.errors import ConfigError, RetroError
 from retro.metrics import METRICS, read_lines
-from retro.train import Progress, resolve_device, resolve_precision, train
+from retro.train import Progress, train
+from retro.train_setup import resolve_device, resolve_precision
 
 RECIPES = {
     "pretrain": "small.toml",

@@ -34,7 +34,8 @@ from retro.config import PRESETS, ModelConfig, RunConfig
 from retro.costs import device_peak_flops, forward_flops, mfu, training_flops
 from retro.data import Batch
 from retro.model import Retro
-from retro.train import make_optimizer, open_batches, train_step
+from retro.train_setup import make_optimizer, open_batches
+from retro.train_step import train_step
 
 K, R = 2, 128
 CHECKED = {"tiny": 8, "small": 4}

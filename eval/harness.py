@@ -35,7 +35,7 @@ from retro.generate import Lookup, Retriever, Role
 from retro.hub import RetroForCausalLM
 from retro.retrofit import load_retrofit
 from retro.tokenizer import Tokenizer
-from retro.train import resolve_device
+from retro.train_setup import resolve_device
 
 try:
     from lm_eval.__main__ import cli_evaluate

@@ -32,17 +32,9 @@ from retro.errors import ConfigError
 from retro.plan import digits, mean_forward, memory_report, share_added
 from retro.question_batches import Curriculum, QuestionBatches, WithReplay
 from retro.retrofit_costs import base_flops, base_memory, matrix_shapes, retrofit_flops
-from retro.train import (
-    Progress,
-    Setup,
-    StepResult,
-    learning_rate,
-    question_flops,
-    resolve_device,
-    sequence_flops,
-    setup,
-    train_step,
-)
+from retro.train import Progress
+from retro.train_setup import Setup, resolve_device, setup
+from retro.train_step import StepResult, learning_rate, question_flops, sequence_flops, train_step
 
 MAX_STEPS = 10
 """Steps that are timed at most."""

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from retro.config import RunConfig
 from retro.errors import TrainingError
-from retro.train import Progress, setup, train_step
+from retro.train import Progress
+from retro.train_setup import setup
+from retro.train_step import train_step
 
 MOST_SEQUENCES, MOST_STEPS = 4, 200
 BOUND = 0.25

@@ -72,7 +72,7 @@ def parse_bytes(text: str) -> int:
 
 def resolve_devices(names: str) -> str:
     """`auto` to what is there; several devices, separated by commas, stay several."""
-    from retro.train import resolve_device
+    from retro.train_setup import resolve_device
 
     return ",".join(str(resolve_device(name)) for name in names.split(","))
 

@@ -1,4 +1,4 @@
-"""Training: setup, train_step, evaluate_loss, and `train`, which makes a model's folder out of them.
+"""Training: `train`, which makes a model's folder of the steps, with checkpoints and validation.
 
 A run that was interrupted, killed or asked for more steps goes on from its newest checkpoint when it is started again. On the CPU
 it then ends with the same weights, bit for bit, as if it had never stopped: the batches and the learning rate are functions of
@@ -10,27 +10,23 @@ that the data of a step and its loss are the same however many there are. Only t
 
 import contextlib
 import logging
-import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from retro import artifact
-from retro.chat import chat_template, save_template
+from retro.chat import save_template
 from retro.checkpoint import (
     KIND,
     TrainingState,
     find_best,
     load_best,
-    load_model,
     load_training,
     prune_training,
     save_best,
@@ -38,64 +34,28 @@ from retro.checkpoint import (
     save_tensors,
     save_training,
 )
-from retro.chunks import TrainingData
-from retro.config import RETRIEVAL_SIZES, ModelConfig, Precision, RunConfig, TrainConfig, config_to_dict
-from retro.costs import (
-    Flops,
-    cpu_has_bfloat16,
-    device_peak_flops,
-    forward_flops,
-    frozen_training_flops,
-    mfu,
-    training_flops,
-)
+from retro.config import RunConfig, TrainConfig, config_to_dict
+from retro.costs import device_peak_flops
 from retro.data import Batch, Batches, Retrieval, prefetched
-from retro.distributed import ALONE, Ranks, joined, rank_device, shard, whole, whole_state, with_same_work
-from retro.errors import ConfigError, FormatError, MismatchError, TrainingError
+from retro.distributed import joined, rank_device, whole_state
+from retro.errors import ConfigError, TrainingError
 from retro.metrics import METRICS, Course, Lines, Metrics, read_lines
-from retro.mixture import Mixture, corpus_seed, open_corpora
+from retro.mixture import Mixture
 from retro.model import Retro
-from retro.pretrained import digests
-from retro.pretrained_encoder import load_encoder
 from retro.question_batches import Curriculum, QuestionBatches, Reading, WithReplay
-from retro.questions import QuestionData, common_template, common_tokenizer, open_questions
 from retro.samples import SAMPLES, SamplePrompt
-from retro.tokenizer import Tokenizer
+from retro.train_setup import Setup, open_batches, open_question_batches, opened_data, resolve_device, setup
+from retro.train_step import (
+    ElsewhereError,
+    StepResult,
+    evaluate_answers,
+    evaluate_loss,
+    learning_rate,
+    train_step,
+    utilization,
+)
 
 logger = logging.getLogger(__name__)
-
-CHANGEABLE = (
-    "data",
-    "init",
-    "replay",
-    "out",
-    "steps",
-    "micro_batch_size",
-    "log_every",
-    "eval_every",
-    "eval_sequences",
-    "save_every",
-    "keep_checkpoints",
-    "patience",
-    "keep_best",
-    "sample_tokens",
-    "prefetch",
-    "tensorboard",
-    "wandb_project",
-    "device",
-    "activation_checkpointing",
-    "compile",
-    "timeout_s",
-)
-"""Settings that may differ when a run goes on. The data may have moved, but must be the same; with other `steps` the learning rate
-follows the new cosine from where the run is. Another micro_batch_size, number of ranks or device, activation_checkpointing
-and compile give the same losses up to rounding (without dropout)."""
-
-
-ALIKE = 0.5
-"""Mean cosine of the rows of two tables of tokens from which on an encoder of the one understands the other."""
-LATER: dict[str, Any] = {"dropout": 0.0, "freeze_decoder": False}
-"""Settings that runs begun before them did not have, and what these did: that is left out of recipes, so that they go on."""
 
 
 class Progress(NamedTuple):
@@ -109,527 +69,6 @@ class Progress(NamedTuple):
     """Of this step's batch, per token."""
     tokens_per_s: float
     """Since the last line of the metrics."""
-
-
-class StepResult(NamedTuple):
-    """Figures of one optimizer step."""
-
-    loss_nats: float
-    """Mean over the step's tokens."""
-    grad_norm: float
-    """Before clipping."""
-    tokens: int
-    """Tokens that were predicted."""
-
-
-class Evaluation(NamedTuple):
-    """Losses over the same sequences, with and without retrieval."""
-
-    loss_nats: dict[Retrieval, float]
-    """Mean over the tokens."""
-    tokens: int
-    """How many there were."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """What a run works with."""
-
-    run: RunConfig
-    """As given, with the vocabulary of the data's tokenizer."""
-    corpora: dict[str, TrainingData]
-    """Text by name, in the order of the settings; none where questions are trained on."""
-    questions: list[QuestionData]
-    """In the order of the settings; none where text is trained on."""
-    tokenizer: Tokenizer
-    template: str | None
-    """How conversations are written, see `retro.chat.ChatFormat`."""
-    model: Retro
-    """With initial weights, on `device`."""
-    optimizer: torch.optim.AdamW
-    batches: Batches | Mixture | QuestionBatches | WithReplay
-    """Of the split train."""
-    device: torch.device
-    dtype: torch.dtype
-    """Of the matrix products."""
-    recipe: dict[str, Any]
-    """All that determines the weights, the number of steps apart."""
-    ranks: Ranks
-    """The processes that train together."""
-
-
-# --- the parts ----------------------------------------------------------------------------------------------------
-
-
-def setup(run: RunConfig, ranks: Ranks = ALONE) -> Setup:
-    """Opens the training data and makes network and optimizer; with several ranks each holds its part of both.
-
-    Raises:
-        ConfigError: A setting is missing, the data cannot serve it, or the batch cannot be divided among the ranks.
-        FormatError: The data is missing or damaged.
-        MismatchError: Network and data have chunks of different lengths, or several data cannot be mixed.
-    """
-    config = run.train
-    if not config.data or not config.out:
-        missing = "data" if not config.data else "out"
-        raise ConfigError(f"train.{missing} is empty: set it in the file, or with --set train.{missing}=FOLDER")
-    _check_division(config, ranks)
-    if config.init and run.base is not None:
-        raise ConfigError("train.init takes models of our own, and [base] a pretrained one: leave one of them out")
-    device = rank_device(config.device, resolve_device)
-    dtype = resolve_precision(config.precision, device)
-    folders = config.folders if config.task == "lm" else config.replay_folders
-    corpora = open_corpora(folders)
-    questions = [] if config.task == "lm" else open_questions(config.folders)
-    tokenizer = common_tokenizer(_opened_data(corpora, questions))
-    for data in corpora.values():
-        if data.chunk_len != run.model.chunk_len:
-            raise MismatchError(
-                f"{data.folder} is cut into chunks of {data.chunk_len} tokens, the model has chunk_len = "
-                f"{run.model.chunk_len}: set model.chunk_len={data.chunk_len}, or make the data again"
-            )
-    if run.base is None:
-        run = replace(run, model=replace(run.model, vocab_size=tokenizer.vocab_size))
-    prints = [artifact.fingerprint(data.manifest["files"]) for data in _opened_data(corpora, questions)]
-    model, begun_with = _network(run, tokenizer, device, dtype)
-    if config.activation_checkpointing:
-        model.checkpoint_activations()
-    if config.table_rate == 0:
-        model.embedding.weight.requires_grad_(requires_grad=False)
-    model.pointing = config.pointing
-    if ranks.size > 1:
-        shard(model, device, dtype)
-    model.to(device)
-    if config.compile:
-        model.compile()
-    settings = config_to_dict(config).items()
-    kept = {key: value for key, value in settings if key not in CHANGEABLE and (key, value) not in LATER.items()}
-    recipe = {
-        "model": config_to_dict(run.model),
-        "train": kept,
-        "data": prints[0] if len(prints) == 1 else prints,
-    }
-    if run.base is not None:
-        options = {key: value for key, value in config_to_dict(run.base).items() if key not in ("name", "revision")}
-        recipe["base"] = {**options, "weights": artifact.fingerprint(model.digests)}
-    if config.init:
-        recipe["init"] = artifact.fingerprint(artifact.read_manifest(Path(config.init), KIND)["files"])
-    if begun_with:
-        recipe["encoder"] = artifact.fingerprint(begun_with)
-    return Setup(
-        run=run,
-        corpora={} if questions else corpora,
-        questions=questions,
-        tokenizer=tokenizer,
-        template=_template(run, questions),
-        model=model,
-        optimizer=make_optimizer(model, config),
-        batches=_training_batches(run, corpora, questions),
-        device=device,
-        dtype=dtype,
-        recipe=recipe,
-        ranks=ranks,
-    )
-
-
-def _opened_data(
-    corpora: dict[str, TrainingData], questions: Sequence[QuestionData]
-) -> list[TrainingData | QuestionData]:
-    return [*corpora.values(), *questions]
-
-
-def _training_batches(
-    run: RunConfig, corpora: dict[str, TrainingData], questions: Sequence[QuestionData]
-) -> Batches | Mixture | QuestionBatches | WithReplay:
-    """What is trained on: text, or questions, perhaps with text in between."""
-    config = run.train
-    streams = [open_batches(corpus, "train", run, number) for number, corpus in enumerate(corpora.values())]
-    if not questions:
-        return streams[0] if len(streams) == 1 else Mixture(streams, config.data_weights)
-    asked = open_question_batches(questions, "train", run)
-    if not streams:
-        return asked
-    text = streams[0] if len(streams) == 1 else Mixture(streams)
-    return WithReplay(
-        asked, text, share=config.replay_share, sequences=config.replay_sequences, batch_size=config.batch_size
-    )
-
-
-def open_question_batches(questions: Sequence[QuestionData], split: str, run: RunConfig) -> QuestionBatches:
-    """The questions of a split; only those of the split train are permuted."""
-    return QuestionBatches(
-        questions,
-        split,
-        chunk_len=run.model.chunk_len,
-        neighbor_len=run.train.neighbor_len,
-        seed=run.train.seed,
-        weights=run.train.data_weights,
-        context_passages=run.train.context_passages,
-        compact=not run.train.compile,
-        permute=split == "train",
-        evidence=bool(run.train.pointing) and split == "train",
-        reading=Curriculum(run.train, ()).reading(1),
-    )
-
-
-def _network(
-    run: RunConfig, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype
-) -> tuple[Any, dict[str, str]]:
-    """A network of our own, or one around a pretrained base, which is called alike; with initial weights.
-
-    Besides the digests of what a pretrained encoder gave it, if one did.
-    """
-    if run.base is not None:
-        from retro.retrofit import trainable
-
-        return trainable(run.base, run.model, tokenizer, device=device, dtype=dtype, seed=run.train.seed), {}
-    begun = _opened_init(run, tokenizer) if run.train.init else None
-    begun_with: dict[str, str] = {}
-    model = Retro(run.model)
-    if begun is None or begun.config != run.model:
-        model.initialize(torch.Generator().manual_seed(run.train.seed))
-        if run.train.encoder and (begun is None or run.model.cca_layers):
-            load_encoder(model, run.train.encoder, tokenizer.fingerprint)
-            begun_with = _encoder_digests(model)
-    if begun is not None:
-        if begun_with and _likeness(model.embedding.weight, begun.embedding.weight) < ALIKE:
-            logger.warning(
-                "the table of tokens is that of %s, which the encoder %s does not know: train both with the same encoder, or this "
-                "one without train.encoder",
-                run.train.init,
-                run.train.encoder,
-            )
-        _begin_with(model, begun)
-    model.drop_activations(run.train.dropout)
-    if run.train.freeze_decoder:
-        model.freeze_decoder()
-    return model, begun_with
-
-
-def _likeness(first_VE: Tensor, second_VE: Tensor) -> float:
-    """Mean cosine of the rows of two tables."""
-    return float(torch.nn.functional.cosine_similarity(first_VE.detach(), second_VE.detach(), dim=1).mean())
-
-
-def _begin_with(model: Retro, begun: Retro) -> None:
-    """Gives a network the weights that another has for it. What reads neighbors adds nothing yet where it is new."""
-    is_new = bool(model.config.cca_layers) and not begun.config.cca_layers
-    if is_new:
-        for layer in model.layers:
-            cca: Any = layer.cca
-            if cca is not None:
-                torch.nn.init.zeros_(cca.out.weight)
-    wanted = model.state_dict().keys()
-    given = {name: weight for name, weight in begun.state_dict().items() if name in wanted}
-    model.load_state_dict(given, strict=not is_new)
-
-
-def _template(run: RunConfig, questions: Sequence[QuestionData]) -> str | None:
-    """How the finished model wants conversations: as it was trained on them, else as what it began with does."""
-    if run.train.task == "chat" or any(data.has_chats for data in questions):
-        return common_template(questions)
-    if run.train.init:
-        return chat_template(run.train.init)
-    if run.base is None:
-        return None
-    try:
-        return chat_template(run.base.name, run.base.revision or None)
-    except FormatError as error:
-        logger.warning("%s: chats with this model will be written in ChatML", error)
-        return None
-
-
-def _encoder_digests(model: Retro) -> dict[str, str]:
-    """Of what a pretrained encoder gives a network: its layers, where it reads neighbors, and its table of tokens."""
-    layers = digests(model.encoder) if model.encoder is not None else {}
-    return layers | {f"embedding.{key}": value for key, value in digests(model.embedding).items()}
-
-
-def _opened_init(run: RunConfig, tokenizer: Tokenizer) -> Retro:
-    """The finished model whose weights are those to begin with.
-
-    Raises:
-        MismatchError: It has another tokenizer than the run, or other sizes where both have weights.
-    """
-    folder = Path(run.train.init)
-    model, its_tokenizer, _ = load_model(folder)
-    if not isinstance(model, Retro):
-        raise ConfigError(
-            f"train.init = {str(folder)!r} is a pretrained model with retrieval (RETROfit), which no training can begin with: give "
-            "its base as --base"
-        )
-    if its_tokenizer.fingerprint != tokenizer.fingerprint:
-        raise MismatchError(
-            f"the model {folder} has another tokenizer than the training data: make the data again with --tokenizer {folder}"
-        )
-    has, wanted = config_to_dict(model.config), config_to_dict(run.model)
-    if not (model.config.cca_layers and run.model.cca_layers):
-        has, wanted = ({k: v for k, v in sizes.items() if k not in RETRIEVAL_SIZES} for sizes in (has, wanted))
-    if has != wanted:
-        raise MismatchError(
-            f"the model {folder} has other sizes than the run ({'; '.join(artifact.differing(has, wanted))}): leave them out of "
-            "[model], and the preset, then its own are taken"
-        )
-    return model
-
-
-def _check_division(config: TrainConfig, ranks: Ranks) -> None:
-    at_once = ranks.size * config.micro_batch_size
-    if config.batch_size % at_once:
-        fits = config.batch_size % ranks.size == 0
-        micro = math.gcd(config.batch_size // ranks.size, config.micro_batch_size)
-        raise ConfigError(
-            f"batch_size = {config.batch_size} is no multiple of {at_once}, which is {ranks.size} ranks x micro_batch_size = "
-            f"{config.micro_batch_size}: "
-            + (f"set train.micro_batch_size={micro}" if fits else "take a number of ranks that divides batch_size")
-        )
-
-
-def open_batches(data: TrainingData, split: str, run: RunConfig, corpus: int = 0) -> Batches:
-    """The sequences of a split; only those of the split train are permuted. A model without CCA gets no neighbors.
-
-    Args:
-        data: Open.
-        split: train, valid or test.
-        run: Network and training.
-        corpus: Number of the data in a mixture.
-    """
-    return Batches(
-        data,
-        split,
-        seq_len=run.train.seq_len,
-        num_neighbors=run.train.num_neighbors if run.model.cca_layers else 0,
-        neighbor_len=run.train.neighbor_len,
-        seed=corpus_seed(run.train.seed, corpus),
-        neighbor_part=run.train.neighbor_part,
-        permute=split == "train",
-    )
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of a name: auto (the first GPU where there is one), cpu, cuda or cuda:N.
-
-    Raises:
-        ConfigError: The name is unknown, or there is no such GPU.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if name == "cpu":
-        return torch.device("cpu")
-    if kind != "cuda" or not (name == "cuda" or number.isdigit()):
-        raise ConfigError(f"device = {name!r}: must be auto, cpu, cuda or cuda:N")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
-        raise ConfigError(f"device = {name!r}: PyTorch finds no GPU here; use cpu, or install PyTorch for CUDA")
-    if int(number or 0) >= count:
-        raise ConfigError(f"device = {name!r}: there are {count} GPUs here, cuda:0 to cuda:{count - 1}")
-    return torch.device(name)
-
-
-def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
-    """dtype of the matrix products; weights, optimizer, norms and losses are float32 in any case."""
-    if precision == "auto":
-        able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if able else torch.float32
-    if precision == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
-        logger.warning("This CPU only emulates bfloat16, many times slower: use precision = float32")
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
-
-
-def make_optimizer(model: Retro, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); matrices decay, biases and the scales of the norms do not."""
-    shares = {"encoder": config.encoder_rate, "embedding": config.table_rate}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
-            share = shares.get(name.partition(".")[0], 1.0)
-            groups.setdefault((decay, share), []).append(parameter)
-    options = [{"params": few, "weight_decay": decay, "share": share} for (decay, share), few in groups.items()]
-    return torch.optim.AdamW(options, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rate of a step, counted from 1: linear to the highest at `warmup_steps`, then half a cosine to the final at `steps`."""
-    if step <= config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
-    done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    share = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    return config.final_learning_rate + share * (config.learning_rate - config.final_learning_rate)
-
-
-def train_step(
-    model: Retro,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    *,
-    micro_batch_size: int,
-    rate: float,
-    grad_clip: float,
-    dtype: torch.dtype,
-    ranks: Ranks = ALONE,
-) -> StepResult:
-    """One optimizer step: the loss is the sum over all tokens of the batch, of all ranks together, divided by their number.
-
-    Args:
-        model: Left in training mode.
-        optimizer: Of its parameters.
-        batch: This rank's part, anywhere; it goes to the model's device in parts of `micro_batch_size` sequences, whose
-            gradients are summed.
-        micro_batch_size: Sequences of one forward pass.
-        rate: Learning rate.
-        grad_clip: Largest norm of the gradient; 0 means no limit.
-        dtype: bfloat16 turns autocast on.
-        ranks: Those that make the step together, with as many sequences each.
-
-    Raises:
-        TrainingError: Loss or gradient is not finite, on all ranks; weights and optimizer are as they were.
-    """
-    model.train()
-    optimizer.zero_grad(set_to_none=True)
-    device = next(model.parameters()).device
-    tokens = int(ranks.total(int(batch.loss_BT.sum()))[0])
-    loss = torch.zeros((), device=device)
-    for part in batch.split(micro_batch_size):
-        loss_sum = _loss_sum(model, part, dtype, ranks)
-        if loss_sum.requires_grad:  # around a frozen base nothing does where no sequence has neighbors
-            (loss_sum / (tokens / ranks.size)).backward()  # type: ignore[no-untyped-call]  # FSDP averages over the ranks
-        loss += loss_sum.detach() / tokens
-    # Where nothing has a gradient, the norm is a zero on the CPU.
-    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)).to(device)
-    own_loss_nats, grad_norm = torch.stack([loss, norm]).tolist()
-    (loss_nats,) = ranks.total(own_loss_nats)
-    if not (math.isfinite(loss_nats) and math.isfinite(grad_norm)):
-        message = f"the loss is {loss_nats} and the norm of its gradient {grad_norm}"
-        elsewhere = math.isfinite(own_loss_nats) and not math.isfinite(loss_nats)
-        raise (_ElsewhereError if elsewhere else TrainingError)(message)
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("share", 1.0)
-    optimizer.step()
-    return StepResult(loss_nats, grad_norm, tokens)
-
-
-class _ElsewhereError(TrainingError):
-    """The loss that is not finite is another rank's."""
-
-
-def _loss_sum(model: Retro, batch: Batch, dtype: torch.dtype, ranks: Ranks) -> Tensor:
-    device = next(model.parameters()).device
-    tensors = with_same_work(batch, ranks).tensors()
-    if device.type == "cuda":  # out of pinned memory the copies do not hold up the host
-        tensors = {name: tensor if tensor.is_cuda else tensor.pin_memory() for name, tensor in tensors.items()}
-    tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss: Tensor = model(**tensors)
-    return loss
-
-
-@torch.no_grad()
-def evaluate_loss(
-    model: Retro,
-    batches: Batches,
-    *,
-    sequences: int,
-    batch_size: int,
-    dtype: torch.dtype,
-    ranks: Ranks = ALONE,
-) -> Evaluation:
-    """Loss with retrieval on, off, and with the neighbors of other documents ("shuffled"), over the same sequences.
-
-    Args:
-        model: In any mode, which it has again afterwards.
-        batches: Of the split; without neighbors only "off" is measured.
-        sequences: How many, from the first on; 0 means all of the split.
-        batch_size: Sequences of one forward pass.
-        dtype: bfloat16 turns autocast on.
-        ranks: Those that share the sequences.
-
-    Raises:
-        ConfigError: The data has no other documents to shuffle with.
-    """
-    count = min(sequences or batches.sequences_per_epoch, batches.sequences_per_epoch)
-    modes: tuple[Retrieval, ...] = get_args(Retrieval) if batches.num_neighbors else ("off",)
-    was_training = model.training
-    model.eval()
-    sums: dict[Retrieval, float] = dict.fromkeys(modes, 0.0)
-    tokens = 0
-    try:
-        for first, size, counts in _shares(count, batch_size, ranks):
-            for mode in modes:
-                batch = batches.batch(first, size, neighbors=mode)
-                loss = _loss_sum(model, batch, dtype, ranks).item()
-                sums[mode] += loss if counts else 0.0
-            tokens += int(batch.loss_BT.sum()) if counts else 0
-    finally:
-        model.train(was_training)
-    total_tokens, *totals = ranks.total(tokens, *sums.values())
-    losses = {mode: total / total_tokens for mode, total in zip(modes, totals, strict=True)}
-    return Evaluation(losses, int(total_tokens))
-
-
-def _shares(count: int, batch_size: int, ranks: Ranks) -> Iterator[tuple[int, int, bool]]:
-    """This rank's batches of the first `count` sequences: their first one, how many, and whether they count.
-
-    A rank for which nothing is left goes through the last sequence with the others, and does not count it.
-    """
-    for start in range(0, count, batch_size * ranks.size):
-        first = start + batch_size * ranks.rank
-        size = max(min(batch_size, count - first), 0)
-        yield min(first, count - 1), size or 1, size > 0
-
-
-@torch.no_grad()
-def evaluate_answers(
-    model: Retro,
-    batches: QuestionBatches,
-    *,
-    mode: Retrieval,
-    count: int,
-    batch_size: int,
-    dtype: torch.dtype,
-    ranks: Ranks = ALONE,
-) -> tuple[float, float, int]:
-    """Loss of the answers, and share of the questions whose whole answer, EOS included, is what greedy decoding says.
-
-    Args:
-        model: In any mode, which it has again afterwards.
-        batches: Of the split, with the reading that is asked for.
-        mode: on, off or shuffled.
-        count: How many questions, from the first on; 0 means all of the split.
-        batch_size: Questions of one forward pass.
-        dtype: bfloat16 turns autocast on.
-        ranks: Those that share the questions.
-
-    Returns:
-        Mean loss in nats per token, share in [0, 1], number of questions.
-    """
-    count = min(count or batches.sequences_per_epoch, batches.sequences_per_epoch)
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    loss, tokens, right = 0.0, 0, 0
-    try:
-        for first, size, counts in _shares(count, batch_size, ranks):
-            batch = with_same_work(batches.batch(first, size, neighbors=mode), ranks).to(device)
-            tensors = batch.tensors()
-            targets_BT, loss_BT = tensors.pop("targets_BT"), tensors.pop("loss_BT")
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                logits_NV = model(**tensors)[loss_BT].float()
-            if not counts:
-                continue
-            wrong_BT = torch.zeros_like(loss_BT)
-            wrong_BT[loss_BT] = logits_NV.argmax(dim=1) != targets_BT[loss_BT]
-            loss += float(torch.nn.functional.cross_entropy(logits_NV, targets_BT[loss_BT], reduction="sum"))
-            tokens += int(loss_BT.sum())
-            right += int((~wrong_BT.any(dim=1)).sum())
-    finally:
-        model.train(was_training)
-    all_loss, all_tokens, all_right = ranks.total(loss, tokens, right)
-    return all_loss / all_tokens, all_right / count, count
-
-
-# --- the run ------------------------------------------------------------------------------------------------------
 
 
 def train(run: RunConfig, *, overwrite: bool = False, progress: Callable[[Progress], None] | None = None) -> Path:
@@ -791,7 +230,7 @@ def _guarded_step(parts: Setup, out: Path, batch: Batch, step: int, rate: float)
     config, ranks = parts.run.train, parts.ranks
 
     def refuse(error: TrainingError) -> None:
-        if isinstance(error, _ElsewhereError):
+        if isinstance(error, ElsewhereError):
             return
         path = out / f"failed-batch-{step:08d}{f'-rank-{ranks.rank}' if ranks.size > 1 else ''}.safetensors"
         save_tensors(path, batch.tensors())
@@ -969,7 +408,7 @@ def _complete(parts: Setup, out: Path, state: TrainingState, metrics: Metrics) -
     if best is not None:
         load_best(out, parts.model, best)
     figures: dict[str, Any] = {
-        "data": ", ".join(data.folder.name for data in _opened_data(parts.corpora, parts.questions)),
+        "data": ", ".join(data.folder.name for data in opened_data(parts.corpora, parts.questions)),
         "steps": state.step,
         "tokens": state.tokens,
         "epochs": state.sequence / parts.batches.sequences_per_epoch,
@@ -1050,59 +489,6 @@ def _record(
         if peak is not None and parts.dtype == torch.bfloat16 and counted:
             record["mfu"] = utilization(parts.run, batch, meter.step_s, peak * parts.ranks.size)
     return record
-
-
-def utilization(run: RunConfig, batch: Batch, step_s: float, peak: float) -> float:
-    """Model FLOPs utilization of a step, encoder and CCA counted for the chunks of the batch that have neighbors.
-
-    Args:
-        run: Network and training.
-        batch: Of the step, or a part of it.
-        step_s: Seconds of the step.
-        peak: FLOP/s of all devices together.
-    """
-    keep_BLKR = batch.keep_BLKR
-    if run.train.task == "lm":
-        forward = forward_flops(
-            run.model,
-            seq_len=run.train.seq_len,
-            num_neighbors=0 if keep_BLKR is None else run.train.num_neighbors,
-            neighbor_len=run.train.neighbor_len,
-            retrieving=0.0 if keep_BLKR is None else float(keep_BLKR.flatten(2).any(dim=2).float().mean()),
-        )
-    else:
-        forward = question_flops(run.model, batch)
-    of_sequence = sequence_flops(run, forward, batch.inputs_BT.shape[1])
-    return mfu(run.train.batch_size * of_sequence, step_s, peak)
-
-
-def sequence_flops(run: RunConfig, forward: Flops, seq_len: int) -> float:
-    """FLOPs of forward and backward pass of a sequence of so many slots, of a run without a base."""
-    if run.train.freeze_decoder:
-        return frozen_training_flops(run.model, forward, seq_len=seq_len)
-    return training_flops(forward)
-
-
-def question_flops(config: ModelConfig, batch: Batch) -> Flops:
-    """FLOPs of a forward pass over a question, on average over a batch of them.
-
-    Columns are counted as they are, padding included, as for text. Passages are counted by the tokens that they have, for their
-    lengths differ much, and logits where the loss wants them.
-    """
-    T, M = batch.inputs_BT.shape[1], config.chunk_len
-    forward = forward_flops(config, seq_len=T, num_neighbors=0, neighbor_len=0)
-    forward = replace(forward, head=forward.head * float(batch.loss_BT.double().mean()))
-    if batch.keep_BLKR is None or not config.cca_layers:
-        return forward
-    tokens_BLK = batch.keep_BLKR.sum(dim=3)
-    neighbors_BL = (tokens_BLK > 0).sum(dim=2)
-    chunks, neighbors = int((neighbors_BL > 0).sum()), int(neighbors_BL.sum())
-    if not neighbors:
-        return forward
-    K, R = -(-neighbors // chunks), round(int(tokens_BLK.sum()) / neighbors)
-    of_chunk = forward_flops(config, seq_len=M, num_neighbors=K, neighbor_len=R)
-    share = neighbors / K / len(batch.inputs_BT)
-    return replace(forward, encoder=share * of_chunk.encoder, cca=share * of_chunk.cca)
 
 
 @contextlib.contextmanager

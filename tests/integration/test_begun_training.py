@@ -16,7 +16,9 @@ from retro.config import BaseConfig, ModelConfig, RunConfig, load_run_config
 from retro.dry_run import measure_training
 from retro.errors import ConfigError, MismatchError
 from retro.pretrained import base_sizes
-from retro.train import evaluate_loss, open_batches, setup, train, train_step
+from retro.train import train
+from retro.train_setup import open_batches, setup
+from retro.train_step import evaluate_loss, train_step
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 

@@ -25,7 +25,8 @@ from retro.artifact import read_manifest
 from retro.checkpoint import KIND, TRAINING, WEIGHTS, load_model
 from retro.config import config_to_dict
 from retro.metrics import METRICS
-from retro.train import setup, train
+from retro.train import train
+from retro.train_setup import setup
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 pytestmark = pytest.mark.slow

@@ -32,7 +32,9 @@ from retro.metrics import METRICS, read_lines
 from retro.question_batches import QuestionBatches, Reading, WithReplay
 from retro.questions import KIND, QuestionData, QuestionWriter
 from retro.tokenizer import Tokenizer
-from retro.train import evaluate_answers, question_flops, setup, train
+from retro.train import train
+from retro.train_setup import setup
+from retro.train_step import evaluate_answers, question_flops
 
 K = 4
 

@@ -24,7 +24,8 @@ from retro.config import GenerateConfig, ModelConfig, TrainConfig
 from retro.model import Retro
 from retro.question_batches import QuestionItem, closed_book, question_batch
 from retro.tokenizer import Tokenizer
-from retro.train import make_optimizer, train_step
+from retro.train_setup import make_optimizer
+from retro.train_step import train_step
 
 logger = logging.getLogger(__name__)
 PASSAGES = 4

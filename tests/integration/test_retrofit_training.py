@@ -27,7 +27,9 @@ from retro.model import Retro
 from retro.pretrained import base_sizes
 from retro.retrofit import load_retrofit
 from retro.tokenizer import Tokenizer
-from retro.train import setup, train, train_step
+from retro.train import train
+from retro.train_setup import setup
+from retro.train_step import train_step
 
 SIZES: dict[str, Any] = {
     "n_embd": 16,

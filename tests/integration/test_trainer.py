@@ -33,7 +33,9 @@ from retro.metrics import METRICS, TENSORBOARD
 from retro.overfit import overfit_batch
 from retro.samples import SAMPLES
 from retro.tokenizer import Tokenizer
-from retro.train import CHANGEABLE, evaluate_loss, open_batches, train, utilization
+from retro.train import train
+from retro.train_setup import CHANGEABLE, open_batches
+from retro.train_step import evaluate_loss, utilization
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 TIMING = ("tokens_per_s", "seconds")

@@ -42,7 +42,9 @@ from retro.data import Batch, Batches
 from retro.errors import ConfigError, FormatError, TrainingError
 from retro.metrics import METRICS, PLOT
 from retro.model import Retro
-from retro.train import Progress, setup, train, train_step
+from retro.train import Progress, train
+from retro.train_setup import setup
+from retro.train_step import train_step
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 TIMING = ("tokens_per_s", "seconds")

@@ -33,7 +33,7 @@ from retro.errors import FormatError, MismatchError, StorageError
 from retro.export import export_model
 from retro.model import Retro
 from retro.tokenizer import Tokenizer
-from retro.train import make_optimizer
+from retro.train_setup import make_optimizer
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 INPUTS = torch.arange(2, 18).view(1, 16)

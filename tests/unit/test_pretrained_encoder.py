@@ -185,7 +185,8 @@ def test_with_a_base_it_is_refused() -> None:
 
 def test_encoder_and_table_have_shares_of_the_rate(bert: Path) -> None:
     from retro.data import Batch
-    from retro.train import make_optimizer, train_step
+    from retro.train_setup import make_optimizer
+    from retro.train_step import train_step
 
     model = begun(bert)
     optimizer = make_optimizer(model, TrainConfig(encoder_rate=0.25, table_rate=0.125, weight_decay=0.0))

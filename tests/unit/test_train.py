@@ -17,16 +17,8 @@ from retro.data import Batch, Batches
 from retro.errors import ConfigError, MismatchError, TrainingError
 from retro.metrics import METRICS, PLOT, Metrics
 from retro.model import Retro
-from retro.train import (
-    evaluate_loss,
-    learning_rate,
-    make_optimizer,
-    open_batches,
-    resolve_device,
-    resolve_precision,
-    setup,
-    train_step,
-)
+from retro.train_setup import make_optimizer, open_batches, resolve_device, resolve_precision, setup
+from retro.train_step import evaluate_loss, learning_rate, train_step
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
@@ -251,7 +243,7 @@ def test_precision_is_float32_on_a_cpu_unless_asked_for() -> None:
 def test_a_cpu_that_emulates_bfloat16_is_warned_of(
     is_native: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("retro.train.cpu_has_bfloat16", lambda: is_native)
+    monkeypatch.setattr("retro.train_setup.cpu_has_bfloat16", lambda: is_native)
     resolve_precision("bfloat16", torch.device("cpu"))
     assert ("only emulates bfloat16" in caplog.text) == (not is_native)
 

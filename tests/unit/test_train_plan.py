@@ -51,7 +51,8 @@ from retro.retrofit_costs import (
     retrofit_flops,
     retrofit_memory,
 )
-from retro.train import setup, train
+from retro.train import train
+from retro.train_setup import setup
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
